@@ -1,0 +1,68 @@
+"""Lays AdaDoRA's modules over the installed PEFT, like a transparent sheet.
+
+The start-up file `peft_adadora.pth` imports this module in every interpreter of the environment, so it stays small and
+imports nothing that is not loaded anyway; what the finder needs is imported when PEFT is. It puts a finder on
+`sys.meta_path` that answers for one package:
+
+- `peft.tuners.adalora` gets our folder in front of the installed one on its `__path__`. A module that we have wins over
+  the installed one of the same name, and any other comes from the installed package.
+- `peft.tuners.adalora.stock_<module>` is the installed version of a module that we override. Ours subclass what is in
+  there. Because it lives in the same package, its relative imports reach our classes.
+"""
+
+import os
+import sys
+
+
+PACKAGE = "peft.tuners.adalora"
+STOCK_PREFIX = PACKAGE + ".stock_"
+SUPPORTED_PEFT = ">=0.21.0,<0.22"
+
+
+def is_supported(version: str) -> bool:
+    """Whether the PEFT version, such as `"0.21.2"` or `"0.21.3.dev0"`, lies in `SUPPORTED_PEFT`."""
+    return version.split(".")[:2] == ["0", "21"]
+
+
+def overlay_folder() -> str:
+    """The folder that holds our modules of `PACKAGE`: inside `peft_adadora` when installed, in `src/` when editable."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    installed = os.path.join(here, "peft_adadora", "peft")
+    root = installed if os.path.isdir(installed) else os.path.join(here, "peft")
+    return os.path.join(root, "tuners", "adalora")
+
+
+class OverlayFinder:
+    """Import finder for `PACKAGE` and its `stock_` modules; every other name is left to the finders behind it."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == PACKAGE:
+            import warnings
+            from importlib.machinery import PathFinder
+
+            spec = PathFinder.find_spec(name, path)
+            version = getattr(sys.modules.get("peft"), "__version__", "unknown")
+            if spec is None or not is_supported(version):
+                warnings.warn(
+                    f"peft-adadora supports peft {SUPPORTED_PEFT} but peft {version} is installed, so AdaDoRA is off "
+                    "and PEFT runs as it is; install a supported peft, or uninstall peft-adadora."
+                )
+                return spec
+            spec.submodule_search_locations = [overlay_folder(), *spec.submodule_search_locations]
+            return spec
+        if name.startswith(STOCK_PREFIX):
+            from importlib.util import spec_from_file_location
+
+            installed = list(path)[-1]
+            return spec_from_file_location(name, os.path.join(installed, name[len(STOCK_PREFIX) :] + ".py"))
+        return None
+
+
+def install() -> None:
+    """Put the finder in front of the others, once."""
+    if OverlayFinder not in sys.meta_path:
+        sys.meta_path.insert(0, OverlayFinder)
+
+
+install()

@@ -1,0 +1,319 @@
+# Copyright 2026-present the HuggingFace Inc. team.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
+
+from . import stock_layer as stock
+from .adadora import magnitude_scale, merge_rows, scale_output, squared_adapted_row_norm, squared_row_norm
+from .config import AdaLoraConfig
+
+
+def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: bool = False) -> None:
+    """
+    Check that the lengths of the rows of a module's weight can be learned.
+
+    Args:
+        module (`nn.Module`):
+            The module to adapt.
+        name (`str`, *optional*):
+            The path of the module, for the error message.
+        fan_in_fan_out (`bool`, *optional*):
+            Whether the weight is said to be stored as (in, out).
+
+    Raises:
+        `NotImplementedError`:
+            If the module is not an `nn.Linear`, if its weight is quantized, or if its weight is said to be transposed.
+    """
+    where = f"module {name!r}" if name else "the given module"
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    weight = getattr(module, "weight", None)
+    is_quantized = any(type(part).__module__.startswith(("bitsandbytes.", "torchao.")) for part in (module, weight))
+    if (
+        not isinstance(module, nn.Linear)
+        or is_quantized
+        or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    ):
+        dtype = f" with a weight of dtype {weight.dtype}" if isinstance(weight, torch.Tensor) else ""
+        raise NotImplementedError(
+            f"`use_dora_adaptive=True` supports nn.Linear layers that are not quantized, but {where} is a {kind}{dtype}; "
+            "leave it out of `target_modules`."
+        )
+    if fan_in_fan_out:
+        raise NotImplementedError(
+            f"`fan_in_fan_out=True` does not fit {where}, a {kind}, whose weight is not stored transposed; set it to "
+            "False."
+        )
+
+
+class AdaLoraLayer(stock.AdaLoraLayer):
+    adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
+
+    @property
+    def use_dora_adaptive(self) -> bool:
+        """Whether an adapter of this layer is AdaDoRA; the keys of `lora_magnitude` say which."""
+        return len(self.lora_magnitude) > 0
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:
+        if not hasattr(self, "lora_magnitude"):
+            # the constructors of PEFT's layers call the __init__ of PEFT's AdaLoraLayer, but all of them come here
+            self.lora_magnitude = nn.ParameterDict({})
+        if config.use_dora_adaptive:
+            check_magnitude_support(self.get_base_layer())
+
+        learned = self.lora_magnitude.pop(adapter_name) if adapter_name in self.lora_magnitude else None
+        try:
+            super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        finally:
+            if learned is not None:
+                self.lora_magnitude[adapter_name] = learned
+        if config.use_dora_adaptive and learned is None:
+            lora_E = self.lora_E[adapter_name]
+            magnitude = torch.empty(self.out_features, 1, device=lora_E.device, dtype=lora_E.dtype)
+            self.lora_magnitude[adapter_name] = nn.Parameter(magnitude, requires_grad=lora_E.requires_grad)
+            self.reset_magnitude(adapter_name)
+
+    def reset_lora_parameters(self, adapter_name: str) -> None:
+        super().reset_lora_parameters(adapter_name)
+        if adapter_name in self.lora_magnitude:
+            self.reset_magnitude(adapter_name)
+
+    @torch.no_grad()
+    def reset_magnitude(self, adapter_name: str) -> None:
+        """Set the magnitude of an adapter to the row norm of the base weight. Does nothing on the meta device."""
+        magnitude = self.lora_magnitude[adapter_name]
+        if not magnitude.is_meta:
+            magnitude.copy_(self._base_row_norm())
+
+    @torch.no_grad()
+    def restore_magnitude_precision(self, adapter_name: str) -> None:
+        """Give a fresh magnitude that was rounded to a low precision weight's dtype the precision of its own dtype.
+
+        PEFT creates adapter weights in the dtype of the base weight and upcasts them afterwards. A magnitude that
+        differs from what the row norm of the base weight is rounded to has been trained, and is left alone.
+        """
+        magnitude = self.lora_magnitude[adapter_name]
+        dtype = self.get_base_layer().weight.dtype
+        if magnitude.is_meta or magnitude.dtype == dtype:
+            return
+        norm = self._base_row_norm()
+        if torch.equal(norm.to(dtype).to(magnitude.dtype), magnitude):
+            magnitude.copy_(norm)
+
+    def _base_row_norm(self) -> torch.Tensor:
+        weight = self.get_base_layer().weight
+        with gather_params_ctx(weight):
+            for adapter_name in self.merged_adapters:
+                if adapter_name not in self.lora_magnitude:
+                    weight = weight - self.get_delta_weight(adapter_name)
+            return squared_row_norm(weight).sqrt()
+
+    @torch.no_grad()
+    def keep_ranks(self, adapter_name: str, kept: torch.Tensor) -> None:
+        """
+        Drop all singular triplets of an adapter but some. Scaling, dtype, device and `requires_grad` stay as they are.
+
+        Args:
+            adapter_name (`str`):
+                The adapter.
+            kept (`torch.Tensor`):
+                Indices of the triplets to keep, int64.
+        """
+        for params, dim in ((self.lora_A, 0), (self.lora_E, 0), (self.lora_B, 1)):
+            param = params[adapter_name]
+            values = param.index_select(dim, kept.to(param.device))
+            params[adapter_name] = nn.Parameter(values, requires_grad=param.requires_grad)
+        self.r[adapter_name] = len(kept)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        if not isinstance(adapter_names, str):
+            self.check_only_adapter(adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def check_only_adapter(self, adapter_names: list[str]) -> None:
+        """Raise a `NotImplementedError` if an AdaDoRA adapter is to be used together with another one."""
+        magnitudes = [name for name in adapter_names if name in self.lora_magnitude]
+        if magnitudes and len(adapter_names) > 1:
+            raise NotImplementedError(
+                f"The AdaDoRA adapter {magnitudes[0]!r} cannot be used together with another one but got "
+                f"{list(adapter_names)}; choose one of them."
+            )
+
+
+class SVDLinear(AdaLoraLayer, stock.SVDLinear):
+    """
+    PEFT's linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter.
+
+    Args:
+        base_layer (`nn.Module`):
+            The layer to adapt. Its weight W of shape (out, in) is frozen.
+        adapter_name (`str`):
+            The name of the adapter.
+        config ([`AdaLoraConfig`]):
+            The configuration of the adapter.
+        r (`int`):
+            The initial rank.
+        lora_alpha (`int`):
+            The numerator of the scaling of the update.
+        use_dora_adaptive (`bool`, *optional*):
+            Whether this is an AdaDoRA adapter. If `None`, the configuration says so.
+
+    Raises:
+        `NotImplementedError`: If it is an AdaDoRA adapter and the layer is not supported, see
+            [`check_magnitude_support`].
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: AdaLoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        use_dora_adaptive: Optional[bool] = None,
+        **kwargs,
+    ) -> None:
+        if use_dora_adaptive is not None:
+            config = copy.copy(config)
+            config.use_dora_adaptive = use_dora_adaptive
+        if config.use_dora_adaptive:
+            innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+            check_magnitude_support(innermost, fan_in_fan_out=config.fan_in_fan_out)
+        stock.SVDLinear.__init__(self, base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
+
+    def update_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The factors A, E, B and the scaling c of the update ΔW = c · B (E ⊙ A)."""
+        ranknum = self.ranknum[adapter_name]
+        scaling = self.scaling[adapter_name] / (ranknum.to(torch.promote_types(ranknum.dtype, torch.float32)) + 1e-5)
+        return self.lora_A[adapter_name], self.lora_E[adapter_name], self.lora_B[adapter_name], scaling
+
+    def adadora_adapter(self, adapter_names: list[str]) -> Optional[str]:
+        """
+        The adapter among `adapter_names` that is AdaDoRA, or `None` if there is none in this layer.
+
+        Raises:
+            `NotImplementedError`: If there is one and it is not the only adapter of this layer among them.
+        """
+        names = [name for name in adapter_names if name in self.lora_A]
+        self.check_only_adapter(names)
+        return names[0] if names and names[0] in self.lora_magnitude else None
+
+    def adapter_to_merge(self, adapter_names: Optional[list[str]]) -> Optional[str]:
+        """The AdaDoRA adapter that `merge` would merge, or `None` if there is none. Raises as `merge` does."""
+        if adapter_names is None:
+            adapter_names = self.active_adapters
+        if isinstance(adapter_names, str):
+            return None
+        adapter_name = self.adadora_adapter([*self.merged_adapters, *(set(adapter_names) - set(self.merged_adapters))])
+        return None if adapter_name in self.merged_adapters else adapter_name
+
+    def check_merge_is_finite(self, adapter_name: str) -> None:
+        """Raise a `ValueError` if the merged weight of an AdaDoRA adapter has a value that is not finite."""
+        weight = self.get_base_layer().weight
+        for _, values in merge_rows(weight, *self.update_factors(adapter_name), self.lora_magnitude[adapter_name]):
+            if not torch.isfinite(values).all():
+                raise ValueError(
+                    f"The merged weight of adapter {adapter_name!r} is not finite, so the adapter seems to be broken; "
+                    "nothing was merged."
+                )
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """
+        Merge the active adapter weights into the base weights. An AdaDoRA adapter cannot be unmerged afterwards.
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                Whether to check that the merged weight is finite before the base weight is changed.
+            adapter_names (`list[str]`, *optional*):
+                The names of the adapters to merge. If `None`, all active adapters are merged.
+
+        Raises:
+            `NotImplementedError`: If an AdaDoRA adapter would be merged together with another adapter.
+            `ValueError`: If `safe_merge=True` and the merged weight is not finite.
+        """
+        adapter_name = self.adapter_to_merge(adapter_names)
+        if adapter_name is None:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return
+        if safe_merge:
+            self.check_merge_is_finite(adapter_name)
+        weight = self.get_base_layer().weight
+        with torch.no_grad():
+            for rows, values in merge_rows(
+                weight, *self.update_factors(adapter_name), self.lora_magnitude[adapter_name]
+            ):
+                weight[rows] = values
+        self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """
+        Unmerge all merged adapters from the base weights.
+
+        Raises:
+            `NotImplementedError`: If an AdaDoRA adapter is merged.
+        """
+        self.check_unmerge()
+        super().unmerge()
+
+    def check_unmerge(self) -> None:
+        """Raise a `NotImplementedError` if an AdaDoRA adapter is merged."""
+        for adapter_name in self.merged_adapters:
+            if adapter_name in self.lora_magnitude:
+                raise NotImplementedError(
+                    f"The AdaDoRA adapter {adapter_name!r} cannot be unmerged, because rescaled and rounded rows do not "
+                    "give the base weight back; reload the base model."
+                )
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_name = None if self.disable_adapters or self.merged else self.adadora_adapter(self.active_adapters)
+        if adapter_name is None:
+            return super().forward(x, *args, **kwargs)
+
+        lora_A, lora_E, lora_B, scaling = self.update_factors(adapter_name)
+        base_layer = self.get_base_layer()
+        result = self.base_layer(x, *args, **kwargs)
+        x = self.lora_dropout[adapter_name](self._cast_input_dtype(x, lora_A.dtype))
+        right = (lora_A * lora_E * scaling).to(lora_A.dtype)
+        result = result + (x @ right.T @ lora_B.T).to(result.dtype)
+        squared_norm = squared_adapted_row_norm(base_layer.weight, lora_A, lora_E, lora_B, scaling)
+        scale = magnitude_scale(self.lora_magnitude[adapter_name], squared_norm)
+        return scale_output(result, scale, base_layer.bias)
+
+
+class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):
+    """PEFT's convolution with an AdaLoRA adapter. It cannot be an AdaDoRA adapter."""
+
+
+class RankAllocator(stock.RankAllocator):
+    """PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes."""
+
+    def update_ipt(self, model: nn.Module) -> None:
+        super().update_ipt(_WithoutMagnitudes(model))
+
+
+class _WithoutMagnitudes:
+    """A model as `RankAllocator.update_ipt` sees it: the named parameters but the magnitudes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, param) for name, param in self.model.named_parameters() if ".lora_magnitude." not in name)

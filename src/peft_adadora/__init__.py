@@ -1,0 +1,34 @@
+"""AdaDoRA for PEFT: `AdaLoraConfig(..., use_dora_adaptive=True)`.
+
+Nothing needs to be imported from here. AdaDoRA is active in every interpreter that reads the start-up file of this
+package, that is, in any ordinary environment where it is installed. Where start-up files are not read (`python -S`, or
+`pip install --target` with `PYTHONPATH`), import this package before `peft`.
+
+Raises `ImportError` when PEFT is not installed or outside the supported range, and when `peft.tuners.adalora` was
+already imported without AdaDoRA.
+"""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import _peft_adadora as _overlay
+
+
+__version__ = version("peft-adadora")
+
+try:
+    _peft_version = getattr(sys.modules.get("peft"), "__version__", None) or version("peft")
+except PackageNotFoundError:
+    _peft_version = None
+if _peft_version is None or not _overlay.is_supported(_peft_version):
+    raise ImportError(
+        f"peft-adadora {__version__} supports peft {_overlay.SUPPORTED_PEFT} but "
+        f"{'no peft' if _peft_version is None else f'peft {_peft_version}'} is installed; install a supported peft."
+    )
+
+_adalora = sys.modules.get(_overlay.PACKAGE)
+if _adalora is not None and _overlay.overlay_folder() not in _adalora.__path__:
+    raise ImportError(
+        f"{_overlay.PACKAGE} was imported before peft_adadora could add AdaDoRA to it; restart Python and import "
+        "peft_adadora before peft."
+    )
