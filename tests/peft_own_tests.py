@@ -19,8 +19,18 @@ from pathlib import Path
 
 SELECTION = "adalora or AdaLora or AdaLoRA"
 
-# a pytest plugin: the process it is loaded in has PEFT without us
-WITHOUT_US = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if getattr(f, '__module__', '') != '_peft_adadora']\n"
+# pytest plugins. PEFT's tests leave the offline mode, and the hub's client waits half a minute before it gives up.
+PLUGINS = {
+    "no_waiting": """
+import time, types
+import huggingface_hub.utils._http as http
+http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+""",
+    "without_us": """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__module__", "") != "_peft_adadora"]
+""",
+}
 
 
 def unpack_source_distribution(folder: Path) -> Path:
@@ -28,7 +38,16 @@ def unpack_source_distribution(folder: Path) -> Path:
     name = f"peft-{version('peft')}"
     root = folder / name
     if not root.exists():
-        command = ["download", "--quiet", "--no-deps", "--no-binary", "peft", "--dest", folder, name.replace("-", "==")]
+        command = [
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            "peft",
+            "--dest",
+            folder,
+            name.replace("-", "=="),
+        ]
         subprocess.run([sys.executable, "-m", "pip", *command], check=True)
         with tarfile.open(folder / f"{name}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
@@ -38,12 +57,12 @@ def unpack_source_distribution(folder: Path) -> Path:
 
 def run(root: Path, report: Path, with_us: bool) -> dict[str, str]:
     """Run the tests offline. Returns the outcome of each: passed, skipped, failed or error."""
-    (root / "without_us.py").write_text(WITHOUT_US)
-    # the tests have to import the installed PEFT, not the source tree
+    for name, code in PLUGINS.items():
+        (root / f"{name}.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "tests", "-k", SELECTION, "-n", str(os.cpu_count()), "-q"]
     command += ["--continue-on-collection-errors", "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    if not with_us:
-        command += ["-p", "without_us"]
+    for name in ["no_waiting"] if with_us else ["no_waiting", "without_us"]:
+        command += ["-p", name]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
     subprocess.run(command, cwd=root, env=environment, stdout=subprocess.DEVNULL, check=False)
     outcomes = {}

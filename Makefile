@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test quality style peft-tests clean
+
+demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
+
+test: .venv/installed  ## all tests but PEFT's own
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+quality: .venv/installed  ## lint and check the format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: .venv/installed  ## format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+peft-tests: .venv/installed  ## PEFT's own tests for AdaLoRA, with and without us (about half an hour)
+	$(INSTALL) -e '.[peft-tests]'
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/peft_own_tests.py build/peft-tests
+
+clean:
+	rm -rf .venv build
+
+# torch goes first and alone, so that nothing resolves to a build with CUDA packages
+.venv/installed: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) torch
+	$(INSTALL) -e '.[demo,dev]'
+	touch $@

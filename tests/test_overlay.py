@@ -1,0 +1,429 @@
+"""How AdaDoRA is laid over the installed PEFT: installing, starting up, uninstalling, and leaving the rest as it is.
+
+The project is installed into virtual environments of its own, from a copy of the checkout. They see the packages of the
+environment that runs the tests, but not its start-up files. Where only the way into the interpreter matters, a stand-in
+for PEFT that is imported in no time takes the place of the real one.
+"""
+
+import ensurepip
+import importlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = pytest.mark.overlay
+
+CHECKOUT = Path(__file__).parents[1]
+TRAIN_ADALORA = Path(__file__).parent / "overlay_support" / "train_adalora.py"
+VARIANTS = [f"{model}-{dtype}" for model in ("linear", "conv1d", "conv2d") for dtype in ("float32", "bfloat16")]
+
+USE_THE_FLAG = "from peft import AdaLoraConfig; AdaLoraConfig(total_step=10, use_dora_adaptive=True)\n"
+SPAWN_A_WORKER = """\
+import multiprocessing
+
+
+def use_the_flag():
+    from peft import AdaLoraConfig
+
+    AdaLoraConfig(total_step=10, use_dora_adaptive=True)
+
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=use_the_flag)
+    worker.start()
+    worker.join()
+    raise SystemExit(worker.exitcode)
+"""
+
+STAND_IN_CONFIG = """\
+from dataclasses import dataclass
+
+
+@dataclass
+class AdaLoraConfig:
+    total_step: int
+    use_dora: bool = False
+
+    def __post_init__(self):
+        pass
+"""
+
+
+def write_stand_in_for_peft(folder, version):
+    """Write a package `peft` that has nothing but AdaLoRA's config, and its metadata."""
+    adalora = folder / "peft" / "tuners" / "adalora"
+    adalora.mkdir(parents=True)
+    (folder / "peft" / "__init__.py").write_text(
+        f'__version__ = "{version}"\n\nfrom .tuners.adalora import AdaLoraConfig\n'
+    )
+    (folder / "peft" / "tuners" / "__init__.py").touch()
+    (adalora / "__init__.py").write_text("from .config import AdaLoraConfig\n")
+    (adalora / "config.py").write_text(STAND_IN_CONFIG)
+    metadata = folder / f"peft-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\n")
+    return folder
+
+
+@dataclass
+class Environment:
+    """A virtual environment, and what it takes to run Python and pip in it."""
+
+    folder: Path
+
+    def __post_init__(self):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.folder], check=True)
+        bin_folder = "Scripts" if os.name == "nt" else "bin"
+        self.python = self.folder / bin_folder / "python"
+        self.site_packages = Path(
+            self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+        )
+        # the interpreter does not look for start-up files in a folder that a start-up file names
+        packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        (self.site_packages / "packages_of_the_tests.pth").write_text("\n".join(packages))
+
+    def run(self, *args, python_path=(), check=True):
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        environ["HF_HOME"] = str(self.folder / "huggingface")
+        environ["HF_HUB_OFFLINE"] = "1"
+        if python_path:
+            environ["PYTHONPATH"] = os.pathsep.join(map(str, python_path))
+        done = subprocess.run(
+            [self.python, *args],
+            check=False,
+            cwd=self.folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    def pip(self, *args):
+        wheels = sysconfig.get_config_var("WHEEL_PKG_DIR") or Path(ensurepip.__file__).with_name("_bundled")
+        bundled_pip = next(Path(wheels).glob("pip-*.whl"))
+        self.run("-m", "pip", *args, python_path=[bundled_pip])
+
+    def install(self, kind):
+        source = copy_checkout(self.folder / "checkout")
+        options = {"wheel": [], "editable": ["-e"]}[kind]
+        self.pip("install", "--no-deps", "--no-build-isolation", "--ignore-installed", *options, source)
+        return self
+
+
+def copy_checkout(folder):
+    """Copy what an installation needs, so that building leaves nothing behind in the checkout."""
+    shutil.copytree(CHECKOUT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    """A folder with a stand-in for a supported PEFT."""
+    return write_stand_in_for_peft(tmp_path_factory.mktemp("supported"), "0.21.9")
+
+
+@pytest.fixture(scope="session")
+def unsupported(tmp_path_factory):
+    """A folder with a stand-in for an unsupported PEFT."""
+    return write_stand_in_for_peft(tmp_path_factory.mktemp("unsupported"), "0.99.0")
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory):
+    """An environment in which the project is not installed."""
+    return Environment(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """An environment after `pip install .`."""
+    return Environment(tmp_path_factory.mktemp("wheel")).install("wheel")
+
+
+@pytest.fixture(scope="session")
+def editable(tmp_path_factory):
+    """An environment after `pip install -e .`."""
+    return Environment(tmp_path_factory.mktemp("editable")).install("editable")
+
+
+@pytest.fixture(params=["wheel", "editable"])
+def installed(request):
+    """An environment in which the project is installed one way or the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def target_folder(bare, tmp_path_factory):
+    """The folder of `pip install --target`."""
+    folder = tmp_path_factory.mktemp("target")
+    source = copy_checkout(tmp_path_factory.mktemp("target_source") / "checkout")
+    bare.pip("install", "--no-deps", "--no-build-isolation", "--target", folder, source)
+    return folder
+
+
+@pytest.fixture(params=["python -S", "pip install --target"])
+def run_code_without_start_up_file(request, stand_in):
+    """Run code where ours can be imported but its start-up file is not read."""
+
+    def run(code, peft=stand_in, **kwargs):
+        if request.param == "python -S":
+            wheel = request.getfixturevalue("wheel")
+            return wheel.run("-S", "-c", code, python_path=[peft, wheel.site_packages], **kwargs)
+        folder = request.getfixturevalue("target_folder")
+        return request.getfixturevalue("bare").run("-c", code, python_path=[peft, folder], **kwargs)
+
+    return run
+
+
+class TestStartUp:
+    def test_the_flag_works_in_a_script_that_imports_nothing_of_ours(self, installed, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(USE_THE_FLAG)
+        installed.run(script)
+
+    def test_the_flag_works_in_a_command_line(self, installed, stand_in):
+        installed.run("-c", USE_THE_FLAG, python_path=[stand_in])
+
+    def test_the_flag_works_in_a_spawned_worker(self, installed, stand_in, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(SPAWN_A_WORKER)
+        installed.run(script, python_path=[stand_in])
+
+    def test_the_flag_works_under_accelerate_launch(self, wheel, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(USE_THE_FLAG)
+        wheel.run("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", script)
+
+    def test_the_flag_works_in_a_notebook_kernel(self, wheel, tmp_path):
+        pytest.importorskip("ipykernel")
+        jupyter_client = pytest.importorskip("jupyter_client")
+        kernel = tmp_path / "of_the_environment"
+        kernel.mkdir()
+        argv = [str(wheel.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": kernel.name}))
+
+        specs = jupyter_client.kernelspec.KernelSpecManager(kernel_dirs=[str(tmp_path)])
+        manager = jupyter_client.KernelManager(kernel_name=kernel.name, kernel_spec_manager=specs)
+        manager.start_kernel()
+        client = manager.blocking_client()
+        client.start_channels()
+        try:
+            client.wait_for_ready(timeout=60)
+            reply = client.execute_interactive(USE_THE_FLAG, timeout=60)
+        finally:
+            client.stop_channels()
+            manager.shutdown_kernel(now=True)
+        assert reply["content"]["status"] == "ok"
+
+    def test_start_up_imports_neither_torch_nor_peft(self, installed):
+        modules = installed.run("-c", "import sys; print(*sys.modules)").stdout.split()
+        assert "_peft_adadora" in modules
+        assert not {"torch", "peft", "peft_adadora"}.intersection(modules)
+
+    def test_start_up_is_silent_when_warnings_are_errors(self, installed):
+        assert installed.run("-W", "error", "-c", "pass").stderr == ""
+
+    def test_start_up_is_silent_when_the_module_is_gone(self, tmp_path):
+        shutil.copy(CHECKOUT / "src" / "peft_adadora.pth", tmp_path)
+        code = f"import site; site.addsitedir({str(tmp_path)!r})"
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, capture_output=True, text=True)
+        assert done.stderr == ""
+
+
+class TestWithoutStartUpFile:
+    def test_the_flag_is_unknown(self, run_code_without_start_up_file):
+        done = run_code_without_start_up_file(USE_THE_FLAG, check=False)
+        assert "TypeError" in done.stderr and "'use_dora_adaptive'" in done.stderr
+
+    def test_the_flag_works_after_importing_peft_adadora(self, run_code_without_start_up_file):
+        run_code_without_start_up_file("import peft_adadora\n" + USE_THE_FLAG)
+
+    def test_importing_peft_adadora_after_peft_says_to_restart_and_import_it_before(
+        self, run_code_without_start_up_file
+    ):
+        done = run_code_without_start_up_file("import peft, peft_adadora", check=False)
+        error = done.stderr.splitlines()[-1]
+        assert error.startswith("ImportError: ")
+        assert "restart Python and import peft_adadora before peft" in error
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def files_and_environment(request, stand_in, tmp_path_factory):
+    """The files of site-packages before installing, and the environment after uninstalling."""
+    environment = Environment(tmp_path_factory.mktemp("uninstalled"))
+    files = set(environment.site_packages.rglob("*"))
+    environment.install(request.param)
+    environment.run("-c", "import peft_adadora\n" + USE_THE_FLAG, python_path=[stand_in])
+    assert set(environment.site_packages.rglob("*")) > files
+    environment.pip("uninstall", "-y", "peft-adadora")
+    return files, environment
+
+
+class TestUninstalling:
+    def test_no_file_is_left(self, files_and_environment):
+        files, environment = files_and_environment
+        assert set(environment.site_packages.rglob("*")) == files
+
+    def test_the_flag_is_unknown_again(self, files_and_environment, stand_in):
+        _, environment = files_and_environment
+        done = environment.run("-c", USE_THE_FLAG, python_path=[stand_in], check=False)
+        assert "TypeError" in done.stderr and "'use_dora_adaptive'" in done.stderr
+
+
+class TestUnsupportedPeft:
+    def test_importing_it_gives_one_warning_that_names_the_range_and_the_version(self, installed, unsupported):
+        code = (
+            "import json, warnings\n"
+            "with warnings.catch_warnings(record=True) as caught:\n"
+            "    warnings.simplefilter('always')\n"
+            "    import peft.tuners.adalora\n"
+            "print(json.dumps([str(warning.message) for warning in caught]))"
+        )
+        messages = json.loads(installed.run("-c", code, python_path=[unsupported]).stdout)
+        assert len(messages) == 1
+        assert ">=0.21.0,<0.22" in messages[0] and "0.99.0" in messages[0]
+
+    def test_it_is_left_as_it_is(self, installed, unsupported):
+        code = (
+            "import json, peft.tuners.adalora.config\n"
+            "adalora = peft.tuners.adalora\n"
+            "print(json.dumps([adalora.config.__file__, list(adalora.__path__)]))"
+        )
+        file, path = json.loads(installed.run("-c", code, python_path=[unsupported]).stdout)
+        folder = unsupported / "peft" / "tuners" / "adalora"
+        assert (Path(file), list(map(Path, path))) == (folder / "config.py", [folder])
+
+    @pytest.mark.parametrize("before", ["", "import peft; "], ids=["first", "after peft"])
+    def test_importing_peft_adadora_raises_an_error_that_names_the_range(self, installed, unsupported, before):
+        done = installed.run("-c", f"{before}import peft_adadora", python_path=[unsupported], check=False)
+        error = done.stderr.splitlines()[-1]
+        assert error.startswith("ImportError: ")
+        assert ">=0.21.0,<0.22" in error and "0.99.0" in error
+
+    def test_importing_peft_adadora_without_any_peft_says_so(self, wheel):
+        done = wheel.run("-S", "-c", "import peft_adadora", python_path=[wheel.site_packages], check=False)
+        error = done.stderr.splitlines()[-1]
+        assert error.startswith("ImportError: ")
+        assert ">=0.21.0,<0.22" in error and "no peft is installed" in error
+
+    @pytest.mark.parametrize(
+        "version, supported",
+        [
+            ("0.20.9", False),
+            ("0.21.0", True),
+            ("0.21.2", True),
+            ("0.21.3.dev0", True),
+            ("0.21.10", True),
+            ("0.22.0.dev0", False),
+            ("0.22.0", False),
+            ("0.210.0", False),
+            ("1.21.0", False),
+        ],
+    )
+    def test_the_supported_range_is_that_of_0_21(self, version, supported):
+        assert importlib.import_module("_peft_adadora").is_supported(version) == supported
+
+
+class TestModulesOfPeft:
+    @pytest.mark.parametrize("name", ["SVDLinear", "SVDConv2d", "SVDQuantLinear", "SVDLinear8bitLt", "SVDLinear4bit"])
+    def test_every_layer_class_is_an_adalora_layer_of_ours(self, name):
+        if name.endswith(("bit", "bitLt")):
+            pytest.importorskip("bitsandbytes")
+        from peft.tuners import adalora
+
+        assert adalora.AdaLoraLayer.__module__ == "peft.tuners.adalora.layer"
+        assert "lora_magnitude" in adalora.AdaLoraLayer.adapter_layer_names
+        assert issubclass(getattr(adalora, name), adalora.AdaLoraLayer)
+
+    def test_the_registry_of_peft_holds_our_classes(self):
+        from peft import PeftType
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+        from peft.tuners.adalora.config import AdaLoraConfig
+        from peft.tuners.adalora.model import AdaLoraModel
+
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.ADALORA] is AdaLoraConfig
+        assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.ADALORA] is AdaLoraModel
+
+    @pytest.mark.parametrize("name", ["AdaLoraConfig", "AdaLoraModel"])
+    def test_peft_and_its_submodules_export_the_same_class(self, name):
+        import peft
+
+        assert getattr(peft, name) is getattr(peft.tuners, name) is getattr(peft.tuners.adalora, name)
+
+    @pytest.mark.parametrize("module", ["", ".bnb", ".gptq", ".stock_config", ".stock_layer", ".stock_model"])
+    def test_modules_without_an_override_and_stock_modules_are_those_of_the_installed_peft(self, module):
+        import peft
+
+        installed = Path(peft.__file__).parent / "tuners" / "adalora"
+        assert Path(importlib.import_module("peft.tuners.adalora" + module).__file__).parent == installed
+
+    @pytest.mark.parametrize("module", ["config", "layer", "model"])
+    def test_a_stock_module_is_what_the_module_would_be_without_ours(self, module):
+        stock = importlib.import_module(f"peft.tuners.adalora.stock_{module}")
+        ours = importlib.import_module(f"peft.tuners.adalora.{module}")
+        assert Path(stock.__file__).name == Path(ours.__file__).name
+        assert Path(stock.__file__) != Path(ours.__file__)
+
+    def test_a_config_can_be_pickled(self):
+        from peft import AdaLoraConfig
+
+        config = AdaLoraConfig(total_step=10, use_dora_adaptive=True)
+        assert pickle.loads(pickle.dumps(config)) == config
+
+    @pytest.mark.parametrize("name", ["AdaLoraModel", "SVDLinear", "SVDConv2d", "RankAllocator"])
+    def test_a_class_can_be_pickled(self, name):
+        from peft.tuners import adalora
+
+        cls = getattr(adalora, name)
+        assert pickle.loads(pickle.dumps(cls)) is cls
+
+
+@pytest.fixture(scope="module")
+def training_folders(wheel, tmp_path_factory):
+    """What the training script writes with AdaDoRA installed, and when it is kept out."""
+    with_adadora, without_adadora = tmp_path_factory.mktemp("with"), tmp_path_factory.mktemp("without")
+    wheel.run(TRAIN_ADALORA, with_adadora)
+    wheel.run(TRAIN_ADALORA, without_adadora, "--without-adadora")
+    return with_adadora, without_adadora
+
+
+class TestFlagOff:
+    """With the flag off everything is PEFT's own AdaLoRA, bit for bit."""
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize(
+        "result",
+        [
+            "losses.txt",
+            "trained.safetensors",
+            "adapter_model.safetensors",
+            "output.safetensors",
+            "merged.safetensors",
+            "unmerged.safetensors",
+            "next_random_numbers.safetensors",
+        ],
+    )
+    def test_the_results_are_those_without_adadora(self, training_folders, variant, result):
+        ours, stock = (folder / variant / result for folder in training_folders)
+        assert ours.read_bytes() == stock.read_bytes()
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_the_saved_config_differs_in_the_flag_only(self, training_folders, variant):
+        ours, stock = (
+            json.loads((folder / variant / "adapter_config.json").read_text()) for folder in training_folders
+        )
+        assert ours == {**stock, "use_dora_adaptive": False}
