@@ -1,0 +1,82 @@
+"""The code blocks of README and docs run as they stand, and the commands that they name exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+pytestmark = pytest.mark.overlay
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    path
+    for pattern in ("*.md", "docs/source/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
+    for path in sorted(ROOT.glob(pattern))
+]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def with_blocks(language: str) -> list:
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if blocks(page, language)]
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_the_python_blocks_of_a_page_run_in_their_order(page, tmp_path):
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks(page, "python")))
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("page", with_blocks("bash"))
+def test_the_commands_of_a_page_exist(page):
+    commands = "\n".join(blocks(page, "bash")).splitlines()
+    assert commands
+    for command in commands:
+        words = command.split("#")[0].split()
+        if words[0] == "make":
+            subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        elif words[0] == "python":
+            help_text = subprocess.run(
+                [sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+            )
+            assert help_text.returncode == 0, help_text.stderr
+            for option in (word for word in words[2:] if word.startswith("--")):
+                assert option in help_text.stdout
+        else:
+            # the installation itself is tested in test_overlay.py
+            assert words[:2] in (["pip", "install"], ["git", "clone"]), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_code_block_is_one_that_is_tested_or_plain_text(page):
+    fences = re.findall(r"^```(.*)$", page.read_text(), flags=re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "bash", ""}
+    assert set(fences[1::2]) <= {""}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+        linked = page.parent / target
+        assert linked.exists() or linked.with_suffix(".md").exists(), target
+
+
+def test_the_reference_page_names_what_exists():
+    import peft
+
+    page = (ROOT / "docs/source/package_reference/adadora.md").read_text()
+    names = re.findall(r"\[\[autodoc\]\] (\S+)((?:\n    - \S+)*)", page)
+    assert names
+    for name, members in names:
+        module, _, attribute = name.rpartition(".")
+        __import__(f"peft.{module}")
+        documented = getattr(sys.modules[f"{peft.__name__}.{module}"], attribute)
+        assert documented.__doc__
+        for member in re.findall(r"- (\S+)", members):
+            assert getattr(documented, member).__doc__
