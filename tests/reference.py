@@ -67,7 +67,11 @@ class Reference:
         factors = {name: factor.detach().abs().requires_grad_() for name, factor in self.factors().items()}
         x = x.detach().abs().double().requires_grad_()
         update = self.c * factors["lora_B"] @ (factors["lora_E"] * factors["lora_A"])
-        output = x @ (factors["lora_magnitude"] / norm * (self.weight.abs() + update)).T
+        output = x @ (self.weight.abs() + update).T
+        if self.bias is not None:
+            # the output of the base layer holds the bias, and its rounding error with it
+            output = output + self.bias.abs()
+        output = output * (factors["lora_magnitude"] / norm).T
         gradients = torch.autograd.grad(output, [x, *factors.values()], output_gradient.abs().double())
         return dict(zip(["x", *factors], gradients))
 

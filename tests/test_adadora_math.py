@@ -106,6 +106,33 @@ def test_no_gradient_flows_through_the_norm():
         assert relative_error(gradients[name], attached[name]) > 1e-2
 
 
+def test_a_trainable_bias_gets_its_whole_gradient():
+    layer = make_layer(24, 32, 4)
+    layer.get_base_layer().bias.requires_grad_()
+    output_gradient = torch.randn(16, 24)
+    layer(torch.randn(16, 32)).backward(output_gradient)
+    assert relative_error(layer.get_base_layer().bias.grad, output_gradient.sum(0)) < 1e-6
+
+
+def test_an_input_without_a_token_dimension_is_a_single_token():
+    layer = make_layer(24, 32, 4)
+    x = torch.randn(32)
+    assert relative_error(layer(x), Reference.of(layer).forward(x.double())) < 1e-5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inplace", [nn.ReLU(inplace=True), lambda h: h.mul_(3), lambda h: h.view(-1).add_(1)])
+def test_the_model_may_write_to_the_output_in_place(bias, inplace):
+    # as Falcon does with the output of an adapted layer
+    layer = make_layer(24, 32, 4, bias=bias)
+    x = torch.randn(16, 32)
+    inplace(layer(x)).sum().backward()
+    gradient = layer.lora_magnitude["default"].grad.clone()
+    reference = Reference.of(layer)
+    inplace(reference.forward(x.double())).sum().backward()
+    assert relative_error(gradient, reference.magnitude.grad) < 1e-5
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_dropout_acts_on_the_update_but_not_on_the_base_layer(bias):
     layer = make_layer(12, 20, 3, bias=bias, lora_dropout=0.5)

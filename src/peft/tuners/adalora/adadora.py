@@ -25,11 +25,14 @@ Nothing here builds an (out, in) matrix but `merge_rows`, and that one goes bloc
 dtype of the weight (float64 for a float64 weight).
 """
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Optional
+from math import prod
+from typing import Any, Optional
 
 import torch
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 # At most this many elements of a weight are copied to another dtype at a time.
@@ -37,6 +40,46 @@ BLOCK_ELEMENTS = 2**20
 
 # A squared row norm below this has lost its precision to underflow: the row counts as zero.
 ZERO_ROW = 1e-30
+
+
+class Memo:
+    """
+    A tensor that was computed from other tensors, kept until one of them is another object, has another storage or dtype,
+    or was written in place.
+
+    A write through `.data` changes none of these, so whoever makes one has to call `clear`. Tensors that do not count their
+    in-place writes (those made in inference mode, or of a subclass, such as DTensor) are never relied on. Copying and
+    pickling give an empty memo.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._key: Hashable = None
+        self._references: list[weakref.ref] = []
+        self._value: Optional[torch.Tensor] = None
+
+    def get(
+        self, compute: Callable[[], torch.Tensor], tensors: tuple[torch.Tensor, ...], *others: Hashable
+    ) -> torch.Tensor:
+        """The value of `compute()`, which depends on nothing but `tensors` and `others`."""
+        for tensor in tensors:
+            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_inference():
+                return compute()
+        key = [(id(t), t.data_ptr(), t._version, t.dtype) for t in tensors], others
+        # the id of a tensor can be that of another one that is gone
+        if key != self._key or any(reference() is None for reference in self._references):
+            self._value = compute()
+            self._key = key
+            self._references = [weakref.ref(tensor) for tensor in tensors]
+        return self._value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Memo":
+        return Memo()
+
+    def __reduce__(self) -> tuple:
+        return Memo, ()
 
 
 def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
@@ -83,6 +126,7 @@ def squared_adapted_row_norm(
     lora_E: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: torch.Tensor,
+    squared_base_norm: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Squared L2 norm of each row of W + ΔW from the factors of ΔW, without making it.
 
@@ -100,6 +144,7 @@ def squared_adapted_row_norm(
         lora_E (`torch.Tensor`): Singular values E of shape (r, 1).
         lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
         scaling (`torch.Tensor`): The scalar c.
+        squared_base_norm (`torch.Tensor`, *optional*): ‖W‖² of shape (out, 1), computed if it is not given.
 
     Returns:
         `torch.Tensor`: n² of shape (out, 1), float32 (float64 for a float64 weight).
@@ -113,7 +158,9 @@ def squared_adapted_row_norm(
         else:
             cross = torch.cat([weight[rows].to(dtype) @ right.T for rows in row_blocks(weight)])
         update = ((2 * cross + left @ (right @ right.T)) * left).sum(dim=1, keepdim=True)
-    return (squared_row_norm(weight) + update).clamp_min(0)
+    if squared_base_norm is None:
+        squared_base_norm = squared_row_norm(weight)
+    return (squared_base_norm + update).clamp_min_(0)
 
 
 def magnitude_scale(magnitude: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
@@ -134,22 +181,135 @@ def magnitude_scale(magnitude: torch.Tensor, squared_norm: torch.Tensor) -> torc
     return (magnitude.to(norm.dtype) / norm).masked_fill(is_zero, 1)
 
 
-def scale_output(output: torch.Tensor, scale: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """Multiply each output feature with its factor, but not the bias that the output already holds.
+def add_update_and_scale(
+    output: torch.Tensor,
+    projected: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    squared_norm: torch.Tensor,
+    bias: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """Add the update to the output of the base layer, and scale the sum but not its bias: the layer's output h.
+
+    Differentiable in all arguments but `squared_norm`. `output` is overwritten, unless this is compiled.
 
     Args:
-        output (`torch.Tensor`): (W + ΔW) x + bias of shape (..., out).
-        scale (`torch.Tensor`): m / n of shape (out, 1), float32 or float64.
+        output (`torch.Tensor`): W x + bias of shape (..., out).
+        projected (`torch.Tensor`): c · (E ⊙ A) dropout(x) of shape (..., r).
+        lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
+        magnitude (`torch.Tensor`): m of shape (out, 1).
+        squared_norm (`torch.Tensor`): n² of shape (out, 1), float32 or float64.
         bias (`torch.Tensor`, *optional*): Bias of shape (out,).
 
     Returns:
         `torch.Tensor`: h of shape (..., out), in the dtype of `output`.
     """
-    # The factor stays in float32: a learned one is close to 1, where bfloat16 has steps of 0.4 %.
+    if torch.compiler.is_compiling():
+        update = projected @ lora_B.to(projected.dtype).T
+        return scale_output(output + update, magnitude_scale(magnitude, squared_norm), bias).to(output.dtype)
+    return _AddUpdateAndScale.apply(output, projected, lora_B, magnitude, squared_norm, bias)
+
+
+@torch.no_grad()
+def add_update_and_scale_(
+    output: torch.Tensor,
+    projected: torch.Tensor,
+    lora_B: torch.Tensor,
+    scale: torch.Tensor,
+    bias: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """[`add_update_and_scale`] in place and without gradients, given the factor m / n of shape (out, 1)."""
+    sum_ = _add_update_(output, projected, lora_B)
+    scaled = scale_output(sum_, scale, bias, out=sum_)
+    return scaled if sum_.dtype == output.dtype else output.copy_(scaled)
+
+
+def _add_update_(output: torch.Tensor, projected: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+    """W x + bias + ΔW x, in `output` itself unless the update has a higher precision than that."""
+    dtype = torch.promote_types(output.dtype, projected.dtype)
+    sum_ = output.to(dtype).contiguous()
+    _as_matrix(sum_).addmm_(_as_matrix(projected).to(dtype), lora_B.to(dtype).T)
+    return sum_
+
+
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """All leading dimensions as one."""
+    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def scale_output(
+    output: torch.Tensor, scale: torch.Tensor, bias: Optional[torch.Tensor], out: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """Multiply each output feature with its factor, but not the bias that the output already holds.
+
+    The factor stays in float32 whatever the dtype of the output: a learned one is close to 1, where bfloat16 has steps of
+    0.4 %.
+
+    Args:
+        output (`torch.Tensor`): (W + ΔW) x + bias of shape (..., out).
+        scale (`torch.Tensor`): m / n of shape (out, 1), float32 or float64.
+        bias (`torch.Tensor`, *optional*): Bias of shape (out,).
+        out (`torch.Tensor`, *optional*): Where to write the result.
+
+    Returns:
+        `torch.Tensor`: h of shape (..., out), in the dtype of `out`, or the higher one of `output` and `scale`.
+    """
     scale = scale.view(-1)
     if bias is None:
-        return (output * scale).to(output.dtype)
-    return torch.addcmul(bias - scale * bias, output, scale).to(output.dtype)
+        return torch.mul(output, scale, out=out)
+    return torch.addcmul(bias - scale * bias, output, scale, out=out)
+
+
+class _AddUpdateAndScale(torch.autograd.Function):
+    """
+    Keeps z = W x + bias + ΔW x for the backward pass. To keep h instead, which the next layer often keeps anyway, would
+    save memory, but h belongs to the model, and models write to it in place.
+
+        dz = s ⊙ dh,  dm = Σ dh ⊙ (z − bias) / n,  dP = dh (s ⊙ B),  dB = s ⊙ (dhᵀ P)    with s = m / n
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        output: torch.Tensor,
+        projected: torch.Tensor,
+        lora_B: torch.Tensor,
+        magnitude: torch.Tensor,
+        squared_norm: torch.Tensor,
+        bias: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        scale = magnitude_scale(magnitude, squared_norm)
+        # detached, but with the version counter of `output`: should somebody need its old value, autograd says so
+        unscaled = _add_update_(output.detach(), projected, lora_B)
+        ctx.save_for_backward(unscaled.to(output.dtype), projected, lora_B, scale, squared_norm, bias)
+        ctx.magnitude_dtype = magnitude.dtype
+        return scale_output(unscaled, scale, bias).to(output.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
+        unscaled, projected, lora_B, scale, squared_norm, bias = ctx.saved_tensors
+        d_output = d_projected = d_B = d_magnitude = d_bias = None
+
+        # one buffer of the size of the output, for dm first and then for dz
+        buffer = grad * unscaled if bias is None else torch.sub(unscaled, bias.to(unscaled.dtype)).mul_(grad)
+        if ctx.needs_input_grad[3]:
+            dot = buffer.sum(tuple(range(grad.ndim - 1)), dtype=scale.dtype)
+            # where the norm counts as zero, the scale is 1 whatever the magnitude is
+            d_magnitude = (dot.unsqueeze(1) * squared_norm.rsqrt()).masked_fill(squared_norm <= ZERO_ROW, 0)
+            d_magnitude = d_magnitude.to(ctx.magnitude_dtype)
+        if ctx.needs_input_grad[0]:
+            d_output = torch.mul(grad, scale.view(-1), out=buffer)
+        dtype = torch.promote_types(grad.dtype, projected.dtype)
+        grad_matrix = _as_matrix(grad).to(dtype)
+        if ctx.needs_input_grad[1]:
+            d_projected = (grad_matrix @ (scale * lora_B).to(dtype)).view(projected.shape).to(projected.dtype)
+        if ctx.needs_input_grad[2]:
+            d_B = (scale * (grad_matrix.T @ _as_matrix(projected).to(dtype))).to(lora_B.dtype)
+        if ctx.needs_input_grad[5]:
+            # the rest of it, s ⊙ Σ dh, arrives through the output of the base layer
+            d_bias = ((1 - scale.view(-1)) * _as_matrix(grad).sum(0, dtype=scale.dtype)).to(bias.dtype)
+        return d_output, d_projected, d_B, d_magnitude, None, d_bias
 
 
 @torch.no_grad()

@@ -23,7 +23,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 
 from . import stock_layer as stock
-from .adadora import magnitude_scale, merge_rows, scale_output, squared_adapted_row_norm, squared_row_norm
+from .adadora import (
+    Memo,
+    add_update_and_scale,
+    add_update_and_scale_,
+    magnitude_scale,
+    merge_rows,
+    squared_adapted_row_norm,
+    squared_row_norm,
+)
 from .config import AdaLoraConfig
 
 
@@ -76,6 +84,9 @@ class AdaLoraLayer(stock.AdaLoraLayer):
         if not hasattr(self, "lora_magnitude"):
             # the constructors of PEFT's layers call the __init__ of PEFT's AdaLoraLayer, but all of them come here
             self.lora_magnitude = nn.ParameterDict({})
+            self._base_norm_memo = Memo()
+            self._scale_memo = Memo()
+        self.clear_memos()
         if config.use_dora_adaptive:
             check_magnitude_support(self.get_base_layer())
 
@@ -90,6 +101,11 @@ class AdaLoraLayer(stock.AdaLoraLayer):
             magnitude = torch.empty(self.out_features, 1, device=lora_E.device, dtype=lora_E.dtype)
             self.lora_magnitude[adapter_name] = nn.Parameter(magnitude, requires_grad=lora_E.requires_grad)
             self.reset_magnitude(adapter_name)
+
+    def clear_memos(self) -> None:
+        """Forget what was computed from the weights. Only needed after a write through `.data` in eval mode."""
+        self._base_norm_memo.clear()
+        self._scale_memo.clear()
 
     def reset_lora_parameters(self, adapter_name: str) -> None:
         super().reset_lora_parameters(adapter_name)
@@ -250,6 +266,7 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             `ValueError`: If `safe_merge=True` and the merged weight is not finite.
         """
         adapter_name = self.adapter_to_merge(adapter_names)
+        self.clear_memos()
         if adapter_name is None:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
@@ -271,6 +288,7 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             `NotImplementedError`: If an AdaDoRA adapter is merged.
         """
         self.check_unmerge()
+        self.clear_memos()
         super().unmerge()
 
     def check_unmerge(self) -> None:
@@ -287,15 +305,46 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
         if adapter_name is None:
             return super().forward(x, *args, **kwargs)
 
+        magnitude = self.lora_magnitude[adapter_name]
         lora_A, lora_E, lora_B, scaling = self.update_factors(adapter_name)
-        base_layer = self.get_base_layer()
-        result = self.base_layer(x, *args, **kwargs)
+        bias = self.get_base_layer().bias
+        output = self.base_layer(x, *args, **kwargs)
         x = self.lora_dropout[adapter_name](self._cast_input_dtype(x, lora_A.dtype))
-        right = (lora_A * lora_E * scaling).to(lora_A.dtype)
-        result = result + (x @ right.T @ lora_B.T).to(result.dtype)
-        squared_norm = squared_adapted_row_norm(base_layer.weight, lora_A, lora_E, lora_B, scaling)
-        scale = magnitude_scale(self.lora_magnitude[adapter_name], squared_norm)
-        return scale_output(result, scale, base_layer.bias)
+        projected = nn.functional.linear(x, (lora_A * (lora_E * scaling)).to(lora_A.dtype))
+        needs_grad = any(tensor.requires_grad for tensor in (output, projected, lora_B, magnitude))
+        if (needs_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            squared_norm = self._squared_norm(adapter_name)
+            return add_update_and_scale(output, projected, lora_B, magnitude, squared_norm, bias)
+        return add_update_and_scale_(output, projected, lora_B, self._scale(adapter_name), bias)
+
+    def _squared_norm(self, adapter_name: str) -> torch.Tensor:
+        weight = self.get_base_layer().weight
+        if torch.compiler.is_compiling():
+            squared_base_norm = squared_row_norm(weight)
+        else:
+            squared_base_norm = self._base_norm_memo.get(lambda: squared_row_norm(weight), (weight,))
+        return squared_adapted_row_norm(weight, *self.update_factors(adapter_name), squared_base_norm)
+
+    def _scale(self, adapter_name: str) -> torch.Tensor:
+        """The factor m / n without a gradient, kept in eval mode."""
+
+        def compute() -> torch.Tensor:
+            return magnitude_scale(self.lora_magnitude[adapter_name], self._squared_norm(adapter_name))
+
+        if self.training:
+            return compute()
+        parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude, self.ranknum)
+        tensors = (self.get_base_layer().weight, *(part[adapter_name] for part in parts))
+        return self._scale_memo.get(compute, tensors, adapter_name, self.scaling[adapter_name])
+
+    def train(self, mode: bool = True) -> "SVDLinear":
+        if mode:
+            self._scale_memo.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "SVDLinear":
+        self.clear_memos()
+        return super()._apply(*args, **kwargs)
 
 
 class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):
