@@ -13,7 +13,7 @@
 # limitations under the License.
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable
 from typing import Any, Optional
 
 import torch
@@ -354,15 +354,51 @@ class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):
 class RankAllocator(stock.RankAllocator):
     """PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes."""
 
+    def reset_ipt(self) -> None:
+        super().reset_ipt()
+        self._flat_scores = {}
+
+    @torch.no_grad()
     def update_ipt(self, model: nn.Module) -> None:
-        super().update_ipt(_WithoutMagnitudes(model))
+        """
+        Update the sensitivity and the uncertainty of every entry of A, E and B. The scores are PEFT's, bit for bit, but
+        all parameters of a device and dtype are updated at once. A parameter without a gradient counts as one of gradient
+        zero.
+        """
+        groups = {}
+        for name, param in model.named_parameters():
+            if "lora_" in name and self.adapter_name in name and "lora_magnitude" not in name:
+                groups.setdefault((param.device, param.dtype), {})[name] = param
+        for group, params in groups.items():
+            ipt, exp_avg_ipt, exp_avg_unc = self._scores_of(group, params)
+            change = torch.cat([self._gradient(param).reshape(-1) for param in params.values()])
+            torch.cat([param.reshape(-1) for param in params.values()], out=ipt).mul_(change).abs_()
+            # each product and each sum is rounded by itself, as in PEFT: `add` with `alpha` would fuse the two
+            torch.mul(ipt, 1 - self.beta1, out=change)
+            exp_avg_ipt.mul_(self.beta1).add_(change)
+            torch.sub(ipt, exp_avg_ipt, out=change).abs_().mul_(1 - self.beta2)
+            exp_avg_unc.mul_(self.beta2).add_(change)
 
+    def _scores_of(self, group: Hashable, params: dict[str, nn.Parameter]) -> list[torch.Tensor]:
+        """The three scores of some parameters, each as one flat tensor of which PEFT's dicts hold views."""
+        flat_scores, views = self._flat_scores.get(group, ([], {}))
+        scores = (self.ipt, self.exp_avg_ipt, self.exp_avg_unc)
+        current = [score.get(name) for score in scores for name in params]
+        if len(current) != len(views) or any(id(score) not in views for score in current):
+            flat_scores, views = [], {}
+            for score in scores:
+                old = [score.get(name, torch.zeros_like(param)) for name, param in params.items()]
+                flat_scores.append(torch.cat([tensor.reshape(-1) for tensor in old]))
+                pieces = flat_scores[-1].split([param.numel() for param in params.values()])
+                score.update({name: piece.view_as(params[name]) for name, piece in zip(params, pieces)})
+                views.update({id(score[name]): score[name] for name in params})
+            self._flat_scores[group] = flat_scores, views
+        return flat_scores
 
-class _WithoutMagnitudes:
-    """A model as `RankAllocator.update_ipt` sees it: the named parameters but the magnitudes."""
+    @staticmethod
+    def _gradient(param: nn.Parameter) -> torch.Tensor:
+        if stock.deepspeed_config() is not None:
+            import deepspeed
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, param) for name, param in self.model.named_parameters() if ".lora_magnitude." not in name)
+            return deepspeed.utils.safe_get_full_grad(param)
+        return torch.zeros_like(param) if param.grad is None else param.grad
