@@ -33,6 +33,7 @@ from typing import Any, Optional
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 # At most this many elements of a weight are copied to another dtype at a time.
@@ -42,12 +43,23 @@ BLOCK_ELEMENTS = 2**20
 ZERO_ROW = 1e-30
 
 
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
 class Memo:
     """
     A tensor that was computed from other tensors, kept until one of them is another object, has another storage or dtype,
-    or was written in place.
+    was written in place, or may have been by an optimizer (fused ones write without the tensor counting it).
 
-    A write through `.data` changes none of these, so whoever makes one has to call `clear`. Tensors that do not count their
+    A write through `.data` shows in none of these, so whoever makes one has to call `clear`. Tensors that do not count their
     in-place writes (those made in inference mode, or of a subclass, such as DTensor) are never relied on. Copying and
     pickling give an empty memo.
     """
@@ -67,7 +79,8 @@ class Memo:
         for tensor in tensors:
             if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_inference():
                 return compute()
-        key = [(id(t), t.data_ptr(), t._version, t.dtype) for t in tensors], others
+        steps = _optimizer_steps if any(tensor.requires_grad for tensor in tensors) else None
+        key = [(id(t), t.data_ptr(), t._version, t.dtype) for t in tensors], others, steps
         # the id of a tensor can be that of another one that is gone
         if key != self._key or any(reference() is None for reference in self._references):
             self._value = compute()
