@@ -220,16 +220,16 @@ def test_weights_made_in_inference_mode_are_never_relied_on():
         assert relative_error(layer(X), expected) < 1e-5
 
 
-def test_it_costs_one_number_per_row_for_the_scale_and_one_for_the_norm_of_the_base_weight():
+def test_it_costs_two_numbers_per_row_and_one_per_rank():
     layer = warm_layer()
-    kept = [memo._value for memo in (layer._scale_memo, layer._base_norm_memo)]
-    assert [tensor.shape for tensor in kept] == [(16, 1)] * 2
+    scaled_E, scale = layer._eval_memo._value
+    assert [tensor.numel() for tensor in (scale, layer._base_norm_memo._value, scaled_E)] == [16, 16, 4]
 
 
 def test_copies_pickles_and_state_dicts_do_not_see_it():
     layer, cold = warm_layer(), make_layer(16, 20, 4).eval()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin._scale_memo._value is None
+        assert twin._eval_memo._value is None
         assert twin._base_norm_memo._value is None
         assert_right(twin)
     assert layer.state_dict().keys() == cold.state_dict().keys()

@@ -17,7 +17,7 @@
 AdaDoRA adapts a frozen weight W with an update whose rank can be pruned (AdaLoRA, https://openreview.net/forum?id=lq62uWRJjiY)
 and one learned length per output row (DoRA, https://huggingface.co/papers/2402.09353):
 
-    ΔW = c · B (E ⊙ A)          W, ΔW (out, in);  B (out, r);  E (r, 1);  A (r, in);  c a scalar
+    ΔW = B (c · E ⊙ A)          W, ΔW (out, in);  B (out, r);  E (r, 1);  A (r, in);  c a scalar
     n  = ‖W + ΔW‖, row by row   (out, 1), outside of the gradient graph
     h  = (m / n) ⊙ (W x + ΔW x) + bias            m (out, 1)
 
@@ -56,8 +56,8 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 class Memo:
     """
-    A tensor that was computed from other tensors, kept until one of them is another object, has another storage or dtype,
-    was written in place, or may have been by an optimizer (fused ones write without the tensor counting it).
+    What was computed from some tensors, kept until one of them is another object, has another storage, was
+    written in place, or may have been by an optimizer (fused ones write without the tensor counting it).
 
     A write through `.data` shows in none of these, so whoever makes one has to call `clear`. Tensors that do not count their
     in-place writes (those made in inference mode, or of a subclass, such as DTensor) are never relied on. Copying and
@@ -70,19 +70,19 @@ class Memo:
     def clear(self) -> None:
         self._key: Hashable = None
         self._references: list[weakref.ref] = []
-        self._value: Optional[torch.Tensor] = None
+        self._value: Any = None
 
-    def get(
-        self, compute: Callable[[], torch.Tensor], tensors: tuple[torch.Tensor, ...], *others: Hashable
-    ) -> torch.Tensor:
+    def get(self, compute: Callable[[], Any], tensors: tuple[torch.Tensor, ...], *others: Hashable) -> Any:
         """The value of `compute()`, which depends on nothing but `tensors` and `others`."""
-        for tensor in tensors:
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_inference():
-                return compute()
         steps = _optimizer_steps if any(tensor.requires_grad for tensor in tensors) else None
-        key = [(id(t), t.data_ptr(), t._version, t.dtype) for t in tensors], others, steps
+        try:
+            key = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors], others, steps
+        except RuntimeError:  # made in inference mode, or without storage
+            return compute()
         # the id of a tensor can be that of another one that is gone
         if key != self._key or any(reference() is None for reference in self._references):
+            if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
+                return compute()
             self._value = compute()
             self._key = key
             self._references = [weakref.ref(tensor) for tensor in tensors]
@@ -136,9 +136,8 @@ def squared_row_norm(weight: torch.Tensor) -> torch.Tensor:
 def squared_adapted_row_norm(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
-    lora_E: torch.Tensor,
+    scaled_E: torch.Tensor,
     lora_B: torch.Tensor,
-    scaling: torch.Tensor,
     squared_base_norm: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Squared L2 norm of each row of W + ΔW from the factors of ΔW, without making it.
@@ -146,7 +145,7 @@ def squared_adapted_row_norm(
     Expanding the square leaves products that are at most (out, r) large (https://huggingface.co/papers/2603.22276 does
     the same for DoRA):
 
-        n² = ‖W‖² + 2c · rowsum((W (E⊙A)ᵀ) ⊙ B) + c² · rowsum((B G) ⊙ B),    G = (E⊙A)(E⊙A)ᵀ
+        n² = ‖W‖² + rowsum((2 W Rᵀ + B R Rᵀ) ⊙ B),    R = c · E ⊙ A
 
     Rounding can push the sum below zero where W + ΔW nearly cancels, so it is clamped. The result is outside of the
     gradient graph, following section 4.3 of the DoRA paper.
@@ -154,9 +153,8 @@ def squared_adapted_row_norm(
     Args:
         weight (`torch.Tensor`): Weight W of shape (out, in).
         lora_A (`torch.Tensor`): Right singular vectors A of shape (r, in).
-        lora_E (`torch.Tensor`): Singular values E of shape (r, 1).
+        scaled_E (`torch.Tensor`): Singular values times scaling, c · E of shape (r, 1).
         lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
-        scaling (`torch.Tensor`): The scalar c.
         squared_base_norm (`torch.Tensor`, *optional*): ‖W‖² of shape (out, 1), computed if it is not given.
 
     Returns:
@@ -164,8 +162,8 @@ def squared_adapted_row_norm(
     """
     dtype = norm_dtype(weight.dtype)
     with full_precision(weight.device):
-        right = lora_A.to(dtype) * lora_E.to(dtype)
-        left = lora_B.to(dtype) * scaling.to(dtype)
+        right = lora_A.to(dtype) * scaled_E.to(dtype)
+        left = lora_B.to(dtype)
         if weight.dtype == dtype:
             cross = weight @ right.T
         else:
@@ -208,7 +206,7 @@ def add_update_and_scale(
 
     Args:
         output (`torch.Tensor`): W x + bias of shape (..., out).
-        projected (`torch.Tensor`): c · (E ⊙ A) dropout(x) of shape (..., r).
+        projected (`torch.Tensor`): (c · E ⊙ A) dropout(x) of shape (..., r).
         lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
         magnitude (`torch.Tensor`): m of shape (out, 1).
         squared_norm (`torch.Tensor`): n² of shape (out, 1), float32 or float64.
@@ -239,15 +237,18 @@ def add_update_and_scale_(
 
 def _add_update_(output: torch.Tensor, projected: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
     """W x + bias + ΔW x, in `output` itself unless the update has a higher precision than that."""
-    dtype = torch.promote_types(output.dtype, projected.dtype)
-    sum_ = output.to(dtype).contiguous()
-    _as_matrix(sum_).addmm_(_as_matrix(projected).to(dtype), lora_B.to(dtype).T)
-    return sum_
+    if output.dtype != projected.dtype:
+        dtype = torch.promote_types(output.dtype, projected.dtype)
+        output, projected = output.to(dtype), projected.to(dtype)
+    output = output.contiguous()
+    matrix = _as_matrix(output)
+    matrix.addmm_(_as_matrix(projected), lora_B.to(projected.dtype).T)
+    return output
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     """All leading dimensions as one."""
-    return tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
+    return tensor if tensor.ndim == 2 else tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def scale_output(
@@ -329,9 +330,8 @@ class _AddUpdateAndScale(torch.autograd.Function):
 def merge_rows(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
-    lora_E: torch.Tensor,
+    scaled_E: torch.Tensor,
     lora_B: torch.Tensor,
-    scaling: torch.Tensor,
     magnitude: torch.Tensor,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """The merged weight (m / n) ⊙ (W + ΔW), a block of rows at a time.
@@ -339,9 +339,8 @@ def merge_rows(
     Args:
         weight (`torch.Tensor`): Weight W of shape (out, in).
         lora_A (`torch.Tensor`): Right singular vectors A of shape (r, in).
-        lora_E (`torch.Tensor`): Singular values E of shape (r, 1).
+        scaled_E (`torch.Tensor`): Singular values times scaling, c · E of shape (r, 1).
         lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
-        scaling (`torch.Tensor`): The scalar c.
         magnitude (`torch.Tensor`): m of shape (out, 1).
 
     Yields:
@@ -350,7 +349,7 @@ def merge_rows(
     """
     dtype = norm_dtype(weight.dtype)
     with full_precision(weight.device):
-        right = lora_A.to(dtype) * lora_E.to(dtype) * scaling.to(dtype)
+        right = lora_A.to(dtype) * scaled_E.to(dtype)
         for rows in row_blocks(weight):
             adapted = weight[rows].to(dtype) + lora_B[rows].to(dtype) @ right
             scale = magnitude_scale(magnitude[rows], squared_row_norm(adapted))

@@ -85,7 +85,7 @@ class AdaLoraLayer(stock.AdaLoraLayer):
             # the constructors of PEFT's layers call the __init__ of PEFT's AdaLoraLayer, but all of them come here
             self.lora_magnitude = nn.ParameterDict({})
             self._base_norm_memo = Memo()
-            self._scale_memo = Memo()
+            self._eval_memo = Memo()
         self.clear_memos()
         if config.use_dora_adaptive:
             check_magnitude_support(self.get_base_layer())
@@ -103,9 +103,9 @@ class AdaLoraLayer(stock.AdaLoraLayer):
             self.reset_magnitude(adapter_name)
 
     def clear_memos(self) -> None:
-        """Forget what was computed from the weights. Only needed after a write through `.data` in eval mode."""
+        """Forget what was computed from the weights. Only needed after a write of your own through `.data`."""
         self._base_norm_memo.clear()
-        self._scale_memo.clear()
+        self._eval_memo.clear()
 
     def reset_lora_parameters(self, adapter_name: str) -> None:
         super().reset_lora_parameters(adapter_name)
@@ -215,11 +215,13 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             check_magnitude_support(innermost, fan_in_fan_out=config.fan_in_fan_out)
         stock.SVDLinear.__init__(self, base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
 
-    def update_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The factors A, E, B and the scaling c of the update ΔW = c · B (E ⊙ A)."""
+    def update_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A, c · E and B of the update ΔW = B (c · E ⊙ A), c · E in float32 at least."""
         ranknum = self.ranknum[adapter_name]
-        scaling = self.scaling[adapter_name] / (ranknum.to(torch.promote_types(ranknum.dtype, torch.float32)) + 1e-5)
-        return self.lora_A[adapter_name], self.lora_E[adapter_name], self.lora_B[adapter_name], scaling
+        if ranknum.dtype.itemsize < 4:
+            ranknum = ranknum.float()
+        scaled_E = self.lora_E[adapter_name] * (self.scaling[adapter_name] / (ranknum + 1e-5))
+        return self.lora_A[adapter_name], scaled_E, self.lora_B[adapter_name]
 
     def adadora_adapter(self, adapter_names: list[str]) -> Optional[str]:
         """
@@ -305,41 +307,48 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
         if adapter_name is None:
             return super().forward(x, *args, **kwargs)
 
-        magnitude = self.lora_magnitude[adapter_name]
-        lora_A, lora_E, lora_B, scaling = self.update_factors(adapter_name)
-        bias = self.get_base_layer().bias
+        params = [part[adapter_name] for part in (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude)]
+        lora_A, _, lora_B, magnitude = params
+        base_layer = self.get_base_layer()
         output = self.base_layer(x, *args, **kwargs)
         x = self.lora_dropout[adapter_name](self._cast_input_dtype(x, lora_A.dtype))
-        projected = nn.functional.linear(x, (lora_A * (lora_E * scaling)).to(lora_A.dtype))
-        needs_grad = any(tensor.requires_grad for tensor in (output, projected, lora_B, magnitude))
-        if (needs_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            squared_norm = self._squared_norm(adapter_name)
-            return add_update_and_scale(output, projected, lora_B, magnitude, squared_norm, bias)
-        return add_update_and_scale_(output, projected, lora_B, self._scale(adapter_name), bias)
 
-    def _squared_norm(self, adapter_name: str) -> torch.Tensor:
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (output, x, *params))
+        if needs_grad or torch.compiler.is_compiling():
+            _, scaled_E, _ = self.update_factors(adapter_name)
+            projected = nn.functional.linear(x, (lora_A * scaled_E).to(lora_A.dtype))
+            squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)
+            return add_update_and_scale(output, projected, lora_B, magnitude, squared_norm, base_layer.bias)
+
+        scaled_E, scale = self._scaled_E_and_scale(adapter_name, params)
+        projected = nn.functional.linear(x, (lora_A * scaled_E).to(lora_A.dtype))
+        return add_update_and_scale_(output, projected, lora_B, scale, base_layer.bias)
+
+    def _squared_norm(self, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         weight = self.get_base_layer().weight
         if torch.compiler.is_compiling():
             squared_base_norm = squared_row_norm(weight)
         else:
             squared_base_norm = self._base_norm_memo.get(lambda: squared_row_norm(weight), (weight,))
-        return squared_adapted_row_norm(weight, *self.update_factors(adapter_name), squared_base_norm)
+        return squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B, squared_base_norm)
 
-    def _scale(self, adapter_name: str) -> torch.Tensor:
-        """The factor m / n without a gradient, kept in eval mode."""
+    @torch.no_grad()
+    def _scaled_E_and_scale(self, adapter_name: str, params: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
+        """c · E and m / n outside of the gradient graph, kept in eval mode."""
 
-        def compute() -> torch.Tensor:
-            return magnitude_scale(self.lora_magnitude[adapter_name], self._squared_norm(adapter_name))
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+            lora_A, scaled_E, lora_B = self.update_factors(adapter_name)
+            squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)
+            return scaled_E, magnitude_scale(self.lora_magnitude[adapter_name], squared_norm)
 
         if self.training:
             return compute()
-        parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude, self.ranknum)
-        tensors = (self.get_base_layer().weight, *(part[adapter_name] for part in parts))
-        return self._scale_memo.get(compute, tensors, adapter_name, self.scaling[adapter_name])
+        tensors = (self.get_base_layer().weight, *params, self.ranknum[adapter_name])
+        return self._eval_memo.get(compute, tensors, adapter_name, self.scaling[adapter_name])
 
     def train(self, mode: bool = True) -> "SVDLinear":
         if mode:
-            self._scale_memo.clear()
+            self._eval_memo.clear()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "SVDLinear":
