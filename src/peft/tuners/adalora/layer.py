@@ -73,6 +73,8 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: b
 
 
 class AdaLoraLayer(stock.AdaLoraLayer):
+    """PEFT's AdaLoRA layer with a place for magnitudes: `lora_magnitude`, one of shape (out, 1) per AdaDoRA adapter."""
+
     adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
 
     @property
