@@ -1,0 +1,73 @@
+"""One linear layer: a training step, and a forward pass without gradients."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from cases import LayerCase
+from report import Table
+from settings import Settings
+from timing import Seconds, comparison, measure
+from variants import ADADORA, ADALORA
+
+
+SHAPES = [
+    (768, 768, 512),
+    (2048, 2048, 512),
+    (4096, 4096, 256),
+    (2048, 2048, 32),
+    (2048, 2048, 1),
+    (11008, 4096, 256),
+    (4096, 11008, 256),
+]
+OTHER_RANKS = [8, 64, 384]
+
+# At most this many times AdaLoRA's time, on a CPU in float32 at rank 12.
+TRAINING_TARGETS = {
+    LayerCase(768, 768, 512): 1.02,
+    LayerCase(2048, 2048, 512): 1.02,
+    LayerCase(4096, 4096, 256): 1.00,
+}
+FORWARD_TARGETS = {
+    LayerCase(768, 768, 512): 1.05,
+    LayerCase(2048, 2048, 512): 1.05,
+    LayerCase(4096, 4096, 256): 1.00,
+    LayerCase(2048, 2048, 32): 1.05,
+    LayerCase(2048, 2048, 1): 1.05,
+}
+
+
+def cases(settings: Settings) -> list[LayerCase]:
+    shapes = settings.pick(SHAPES, [(768, 768, 512), (2048, 2048, 1)])
+    ranks = settings.pick(OTHER_RANKS, [64])
+    rank_shape = settings.pick((2048, 2048, 512), (768, 768, 512))
+    return [
+        case
+        for dtype in (torch.float32, torch.bfloat16)
+        for case in (
+            *(LayerCase(*shape, dtype=dtype) for shape in shapes),
+            *(LayerCase(*rank_shape, rank=rank, dtype=dtype) for rank in ranks),
+        )
+    ]
+
+
+def row(case: LayerCase, seconds: Seconds, targets: dict[LayerCase, float], settings: Settings) -> dict[str, Any]:
+    has_target = case in targets and not settings.on_cuda
+    return {
+        **case.labels,
+        **comparison(seconds, ADALORA),
+        "to reach": f"{ADADORA} ≤ {targets[case]:.2f}" if has_target else None,
+    }
+
+
+def tables(settings: Settings) -> Iterator[Table]:
+    training_rows, forward_rows = [], []
+    for case in cases(settings):
+        models, x = case.build(settings.device), case.inputs(settings.device)
+        steps = {variant: case.training_step(model, x) for variant, model in models.items()}
+        training_rows.append(row(case, measure(steps, settings), TRAINING_TARGETS, settings))
+        steps = {variant: case.forward_pass(model, x) for variant, model in models.items()}
+        forward_rows.append(row(case, measure(steps, settings), FORWARD_TARGETS, settings))
+    note = "As many times as long as AdaLoRA, median (quartiles) of the rounds."
+    yield Table("layer-training", "One layer, training step", training_rows, note, plot="bars")
+    yield Table("layer-forward", "One layer, forward pass without gradients", forward_rows, note, plot="bars")

@@ -1,0 +1,91 @@
+"""Measure what AdaDoRA costs against PEFT's AdaLoRA and DoRA, in time and memory, and how exact its norm is.
+
+    python benchmarks/run.py                        everything, in about 25 minutes on two cores
+    python benchmarks/run.py --quick                a few shapes of everything, in about 3 minutes
+    python benchmarks/run.py --only layer,memory    some sections
+    python benchmarks/run.py --device cuda --gbps 3350 --tflops 989
+
+The tables are printed as Markdown, and written with the machine and the versions to `benchmarks.json` and as plots.
+"""
+
+import argparse
+import gc
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import accuracy
+import allocator
+import compiled
+import growth
+import layer
+import memory
+import model
+import norm
+import torch
+from plot import write_plots
+from report import environment, heading, write_json
+from settings import Settings
+from transformers.utils import logging
+
+
+SECTIONS = {
+    "layer": layer,
+    "norm": norm,
+    "model": model,
+    "compile": compiled,
+    "memory": memory,
+    "growth": growth,
+    "accuracy": accuracy,
+    "allocator": allocator,
+}
+
+
+def section_names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    return names
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=section_names, default=list(SECTIONS), help=f"sections: {','.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="few shapes and few rounds")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (PyTorch's default)")
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder for JSON and plots")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--gbps", type=float, help="memory bandwidth of the device in GB/s, for the roofline")
+    parser.add_argument("--tflops", type=float, help="peak of the device in TFLOP/s, for the roofline")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device here; use --device cpu")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    options = parse_arguments(arguments)
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    torch.set_num_threads(options.threads)
+    gc.freeze()  # the counters collect garbage often, and need not look at what the imports made
+    settings = Settings(torch.device(options.device), options.threads, options.quick, options.gbps, options.tflops)
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    machine = environment(settings)
+    print(heading(machine), flush=True)
+    tables = []
+    for name in options.only:
+        start = time.perf_counter()
+        for table in SECTIONS[name].tables(settings):
+            print(table.markdown(), flush=True)
+            tables.append(table)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        write_json(options.output / "benchmarks.json", machine, tables)
+    write_plots(tables, options.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,280 @@
+"""The benchmarks compare, count, fit and write what they say. How fast anything is, is not tested."""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODULES = [path.stem for path in sorted(BENCHMARKS.glob("*.py"))]
+VARIANTS = ["AdaLoRA", "DoRA", "AdaDoRA", "AdaDoRA, dense norm"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The modules of the benchmarks by name. They import each other as neighbours of a script do."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    sys.path.remove(str(BENCHMARKS))
+    for name in MODULES:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def settings(bench):
+    return bench.settings.Settings(CPU, threads=torch.get_num_threads(), quick=True)
+
+
+@pytest.fixture
+def layer_case(bench):
+    return bench.cases.LayerCase(24, 40, tokens=6, rank=4)
+
+
+@pytest.fixture
+def block_case(bench):
+    return bench.cases.LlamaCase("block", 16, 24, 2, 1, layers=1, tokens=8, rank=4, is_block=True)
+
+
+@pytest.fixture
+def tables(bench):
+    spread = bench.timing.Spread((4.0, 1.0, 2.0))
+    rows = [
+        {"size": size, "AdaLoRA (ms)": spread, "AdaDoRA": spread, "kept (MiB)": 0.5, "to reach": None}
+        for size in (1, 2)
+    ]
+    return [
+        bench.report.Table("made-up", "Made up", rows, "A note.", plot="bars"),
+        bench.report.Table("growing", "Growing", rows, plot="growth"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+@pytest.mark.parametrize("case_name", ["layer_case", "block_case"])
+def test_the_dense_yardstick_computes_what_adadora_computes(case_name, request):
+    case = request.getfixturevalue(case_name)
+    models = case.build(CPU, ["AdaDoRA", "AdaDoRA, dense norm"])
+    results = []
+    for model in models.values():
+        inputs = case.inputs(CPU)
+        output = case.forward(model, inputs)
+        output.backward(torch.ones_like(output))
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        results.append([output, inputs.grad, *gradients])
+    for value, expected in zip(*results, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case_name", ["layer_case", "block_case"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_and_changes_the_output(variant, case_name, dtype, request):
+    case = replace(request.getfixturevalue(case_name), dtype=dtype)
+    model, inputs = case.build(CPU, [variant])[variant], case.inputs(CPU)
+    case.training_step(model, inputs)()
+    assert inputs.grad is not None
+    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+    output = case.forward_pass(model, inputs)()
+    assert output.dtype == dtype and not output.requires_grad
+    base = case.build(CPU, ["AdaLoRA"])["AdaLoRA"]
+    with base.disable_adapter():
+        assert not torch.allclose(case.forward_pass(base, inputs)(), output)
+
+
+def test_a_training_step_starts_without_gradients(layer_case):
+    model, inputs = layer_case.build(CPU, ["AdaDoRA"])["AdaDoRA"], layer_case.inputs(CPU)
+    step = layer_case.training_step(model, inputs)
+    step()
+    once = inputs.grad.clone()
+    step()
+    assert torch.equal(inputs.grad, once)
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def test_steps_take_turns_and_slow_ones_leave_early(bench, settings):
+    calls = []
+    steps = {"fast": lambda: calls.append("fast"), "slow": lambda: torch.randn(1024, 1024) @ torch.randn(1024, 1024)}
+    seconds = bench.timing.measure(steps, settings, min_rounds=2)
+    assert 2 <= len(seconds["slow"]) <= len(seconds["fast"])
+    assert all(value > 0 for values in seconds.values() for value in values)
+
+
+def test_ratios_are_taken_round_by_round(bench):
+    comparison = bench.timing.comparison({"a": [1.0, 2.0, 8.0], "b": [3.0, 2.0]}, "a")
+    assert comparison["a (ms)"].median == 2000
+    assert comparison["b"].values == (3.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ counters
+
+
+def test_bytes_kept_by_autograd_are_counted_exactly(bench):
+    x, y = torch.randn(30, 50, requires_grad=True), torch.randn(30, 50)
+    # the product keeps y for the gradient of x, and the exponential keeps its result
+    kept = bench.counters.kept_storages(lambda: (x * y).exp())
+    assert bench.counters.byte_count(kept) == 2 * 30 * 50 * 4
+
+
+def test_a_shared_storage_is_counted_once_and_an_excluded_one_not_at_all(bench):
+    x = torch.randn(30, 50, requires_grad=True)
+    y = torch.randn(50, 30)
+
+    def forward():
+        return (x * y.T, x * y.view(30, 50))
+
+    assert bench.counters.byte_count(bench.counters.kept_storages(forward)) == y.nbytes
+    assert not bench.counters.kept_storages(forward, exclude=[y])
+
+
+def test_what_a_dropped_branch_of_the_graph_saved_does_not_count(bench):
+    x = torch.randn(30, 50, requires_grad=True)
+
+    def forward():
+        x.exp()
+        return x.sin()
+
+    assert bench.counters.byte_count(bench.counters.kept_storages(forward, exclude=[x])) == 0
+
+
+def test_a_temporary_counts_for_the_peak_but_is_not_held(bench):
+    x = torch.randn(512, 256)
+
+    def function():
+        return (x + x).sum(dim=0)
+
+    assert bench.counters.held_bytes(function, CPU) == 256 * 4
+    assert x.nbytes + 256 * 4 <= bench.counters.peak_bytes(function, CPU) < 1.1 * x.nbytes
+
+
+def test_operations_are_counted_without_the_ones_inside_of_them(bench):
+    x = torch.randn(4, 4)
+    assert bench.counters.launches(lambda: nn.functional.linear(x, x).add_(1), CPU) == 2
+
+
+def test_the_outputs_that_nothing_else_keeps_are_those_of_q_k_o_and_down(bench, block_case):
+    model = block_case.build(CPU, ["AdaLoRA"])["AdaLoRA"]
+    inputs = block_case.inputs(CPU)
+    kept = bench.memory.kept_by_autograd(model, lambda: block_case.forward(model, inputs))
+    token_bytes = 4 * block_case.tokens
+    # hidden is 16, with half as many features for keys and values, and 24 inside of the MLP
+    assert kept.outputs == token_bytes * (16 + 8 + 8 + 16 + 24 + 24 + 16)
+    assert kept.other_outputs == token_bytes * (16 + 8 + 16 + 16)
+
+
+def test_the_roofline_is_the_slower_of_moving_and_computing(bench, settings):
+    model = nn.Linear(64, 32, bias=False)
+    x = torch.randn(16, 64)
+
+    def bound(**rates):
+        return bench.model.lower_bound(lambda: model(x), model, 1, 0, replace(settings, **rates))
+
+    assert bound() is None
+    assert bound(gbps=1.0, tflops=1e6) == pytest.approx(1e3 * 64 * 32 * 4 / 1e9)
+    assert bound(gbps=1e6, tflops=1.0) == pytest.approx(1e3 * 2 * 16 * 64 * 32 / 1e12)
+
+
+# ------------------------------------------------------------------------------------------------- growth and accuracy
+
+
+def test_the_fit_recovers_the_exponent_of_the_upper_half(bench):
+    sizes = [8, 16, 32, 64, 128, 256]
+    values = [7.0, 1.0, 5.0, *(3 * size**1.5 for size in sizes[3:])]
+    assert bench.growth.fitted_exponent(sizes, values) == pytest.approx(1.5)
+
+
+def test_the_dense_norm_in_float64_is_the_exact_one(bench):
+    factors = bench.accuracy.random_factors(32).to(torch.float64)
+    expected = (factors.weight + factors.lora_B @ torch.diag(factors.scaled_E.flatten()) @ factors.lora_A).norm(dim=1)
+    for way, norm in bench.accuracy.norms(factors).items():
+        tolerance = 1e-5 if "float32" in way else 1e-12
+        torch.testing.assert_close(norm.double(), expected, rtol=tolerance, atol=0)
+
+
+def test_the_ways_to_the_norm_agree_on_a_layer(bench, layer_case):
+    functions = bench.norm.norm_functions(layer_case, CPU)
+    dense = functions["dense"]()
+    assert dense.shape == (24, 1)
+    torch.testing.assert_close(functions["from the factors"](), dense)
+    torch.testing.assert_close(functions["with ‖W‖² kept"](), dense)
+    assert functions["PEFT's DoRA"]().shape == (24,)  # of another adapter
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+def test_a_step_that_does_not_compile_is_told_and_not_raised(bench):
+    model = nn.Linear(3, 3)
+
+    def broken():
+        raise RuntimeError("no compiler\nand a long trace")
+
+    call = bench.compiled.first_call(model, lambda: model.weight, broken)
+    assert call["failure"] == "RuntimeError no compiler"
+    assert call["relative difference"] is None
+
+
+def test_a_table_becomes_markdown(tables):
+    lines = tables[0].markdown().splitlines()
+    assert lines[0] == "## Made up"
+    assert lines[2] == "A note."
+    assert lines[4] == "| size | AdaLoRA (ms) | AdaDoRA | kept (MiB) | to reach |"
+    assert lines[6] == "| 1 | 2.000 (1.500–3.000) | 2.000 (1.500–3.000) | 0.500 |  |"
+
+
+def test_the_json_holds_the_machine_the_versions_and_every_round(bench, settings, tables, tmp_path):
+    bench.report.write_json(tmp_path / "benchmarks.json", bench.report.environment(settings), tables)
+    written = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert written["machine"]["device"]
+    assert written["machine"]["threads"] == settings.threads
+    assert written["machine"]["versions"].keys() == {"python", "torch", "peft", "transformers", "peft-adadora"}
+    row = written["tables"]["made-up"]["rows"][0]
+    assert row["size"] == 1
+    assert row["AdaDoRA"] == {"median": 2.0, "quartiles": [1.5, 3.0], "rounds": [4.0, 1.0, 2.0]}
+
+
+def test_tables_are_plotted(bench, tables, tmp_path):
+    pytest.importorskip("matplotlib")
+    bench.plot.write_plots(tables, tmp_path)
+    for table in tables:
+        assert (tmp_path / f"{table.name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_one_line_says_so(bench, tables, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    bench.plot.write_plots(tables, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.splitlines() == [
+        "No plots were made, because matplotlib is not installed: pip install matplotlib"
+    ]
+
+
+def test_the_command_prints_and_writes_the_sections_asked_for(tmp_path):
+    command = [sys.executable, BENCHMARKS / "run.py", "--quick", "--only", "accuracy", "--output", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "## Accuracy of the norm" in result.stdout
+    assert json.loads((tmp_path / "benchmarks.json").read_text())["tables"].keys() == {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--only", "layers"], "no section layers; there are layer,"), (["--device", "cuda"], "--device cpu")],
+)
+def test_what_cannot_be_run_is_refused(bench, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench.run.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
