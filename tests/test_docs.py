@@ -35,7 +35,7 @@ def test_the_python_blocks_of_a_page_run_in_their_order(page, tmp_path):
 
 @pytest.mark.parametrize("page", with_blocks("bash"))
 def test_the_commands_of_a_page_exist(page):
-    commands = "\n".join(blocks(page, "bash")).splitlines()
+    commands = [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
     assert commands
     for command in commands:
         words = command.split("#")[0].split()

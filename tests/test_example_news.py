@@ -170,7 +170,7 @@ def test_only_adadora_prints_how_far_the_magnitudes_moved(runs, method, expected
 
 
 def test_training_learns_the_labels(example, arguments, tmp_path, capsys):
-    options = ["--epochs", "25", "--lr", "5e-2", "--output", str(tmp_path)]
+    options = ["--epochs", "40", "--lr", "1e-2", "--seed", "1", "--output", str(tmp_path)]
     assert example.main([*arguments, *options]) == 0
     before, after = map(float, re.findall(r"test accuracy \w+: ([\d.]+)%", capsys.readouterr().out))
     assert before < 60
