@@ -103,18 +103,10 @@ class AdaLoraModel(stock.AdaLoraModel):
         self._check_unmerge()
         super().unmerge_adapter()
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: Optional[list[str]] = None,
-    ) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
-            self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+            self._check_merge(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
+        return super()._unload_and_optionally_merge(merge=merge, **kwargs)
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
