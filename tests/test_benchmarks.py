@@ -104,12 +104,19 @@ def test_a_training_step_starts_without_gradients(layer_case):
 # -------------------------------------------------------------------------------------------------------------- timing
 
 
-def test_steps_take_turns_and_slow_ones_leave_early(bench, settings):
+def test_steps_take_turns(bench, settings):
     calls = []
-    steps = {"fast": lambda: calls.append("fast"), "slow": lambda: torch.randn(1024, 1024) @ torch.randn(1024, 1024)}
-    seconds = bench.timing.measure(steps, settings, min_rounds=2)
-    assert 2 <= len(seconds["slow"]) <= len(seconds["fast"])
-    assert all(value > 0 for values in seconds.values() for value in values)
+    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    bench.timing.measure(steps, settings, min_rounds=2, share=1e-9)
+    turns = [name for name, before in zip(calls, [None, *calls]) if name != before]
+    assert turns == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(("share", "rounds"), [(1e-9, 2), (1e9, 7)])
+def test_a_step_leaves_once_its_share_of_the_time_is_used_up(bench, settings, share, rounds):
+    seconds = bench.timing.measure({"step": lambda: None}, settings, min_rounds=2, share=share)
+    assert len(seconds["step"]) == rounds
+    assert min(seconds["step"]) > 0
 
 
 def test_ratios_are_taken_round_by_round(bench):
