@@ -121,14 +121,24 @@ DOORS = {
 }
 
 
+# these change what the output is computed from, but not the output
+OUTPUT_STAYS = {
+    "set_adapter and back",
+    "double()",
+    "double().float()",
+    "to(dtype)",
+    "merging and unmerging a plain adapter",
+}
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_the_output_is_right_after(door):
     layer = warm_layer()
     before = output_of(layer)
     DOORS[door](layer)
     assert_right(layer)
-    if door != "merging and unmerging a plain adapter" and "float" not in door and "double" not in door:
-        assert door in ("set_adapter and back", "to(dtype)") or relative_error(output_of(layer), before) > 1e-3
+    if door not in OUTPUT_STAYS:
+        assert relative_error(output_of(layer), before) > 1e-3
 
 
 def test_half_precision_weights_are_followed_too():

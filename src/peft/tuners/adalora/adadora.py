@@ -56,12 +56,12 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 class Memo:
     """
-    What was computed from some tensors, kept until one of them is another object, has another storage, was
-    written in place, or may have been by an optimizer (fused ones write without the tensor counting it).
+    What was computed from some tensors, kept until one of them is another object, has another storage, was written in
+    place, or may have been by an optimizer (fused ones write without the tensor counting it).
 
-    A write through `.data` shows in none of these, so whoever makes one has to call `clear`. Tensors that do not count their
-    in-place writes (those made in inference mode, or of a subclass, such as DTensor) are never relied on. Copying and
-    pickling give an empty memo.
+    A write through `.data` shows in none of these, so whoever makes one has to call `clear`. Tensors that do not count
+    their in-place writes (those made in inference mode, or of a subclass, such as DTensor) are never relied on. Copying
+    and pickling give an empty memo.
     """
 
     def __init__(self) -> None:

@@ -242,7 +242,7 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             adapter_names = self.active_adapters
         if isinstance(adapter_names, str):
             return None
-        adapter_name = self.adadora_adapter([*self.merged_adapters, *(set(adapter_names) - set(self.merged_adapters))])
+        adapter_name = self.adadora_adapter(list(dict.fromkeys([*self.merged_adapters, *adapter_names])))
         return None if adapter_name in self.merged_adapters else adapter_name
 
     def check_merge_is_finite(self, adapter_name: str) -> None:
@@ -328,9 +328,8 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
 
     def _squared_norm(self, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         weight = self.get_base_layer().weight
-        if torch.compiler.is_compiling():
-            squared_base_norm = squared_row_norm(weight)
-        else:
+        squared_base_norm = None
+        if not torch.compiler.is_compiling():
             squared_base_norm = self._base_norm_memo.get(lambda: squared_row_norm(weight), (weight,))
         return squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B, squared_base_norm)
 
