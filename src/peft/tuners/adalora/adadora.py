@@ -32,12 +32,16 @@ from math import prod
 from typing import Any, Optional
 
 import torch
+from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 # At most this many elements of a weight are copied to another dtype at a time.
 BLOCK_ELEMENTS = 2**20
+
+# A CPU multiplies by so many columns faster than by a few less: by 16 in two thirds of the time that 12 take.
+PRODUCT_COLUMNS = 16
 
 # A squared row norm below this has lost its precision to underflow: the row counts as zero.
 ZERO_ROW = 1e-30
@@ -81,7 +85,7 @@ class Memo:
             return compute()
         # the id of a tensor can be that of another one that is gone
         if key != self._key or any(reference() is None for reference in self._references):
-            if any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors):
+            if any(type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in tensors):
                 return compute()
             self._value = compute()
             self._key = key
@@ -164,11 +168,13 @@ def squared_adapted_row_norm(
     with full_precision(weight.device):
         right = lora_A.to(dtype) * scaled_E.to(dtype)
         left = lora_B.to(dtype)
+        rank = len(right)
+        padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
         if weight.dtype == dtype:
-            cross = weight @ right.T
+            cross = (weight @ padded.T)[:, :rank]
         else:
-            cross = torch.cat([weight[rows].to(dtype) @ right.T for rows in row_blocks(weight)])
-        update = ((2 * cross + left @ (right @ right.T)) * left).sum(dim=1, keepdim=True)
+            cross = torch.cat([weight[rows].to(dtype) @ padded.T for rows in row_blocks(weight)])[:, :rank]
+        update = torch.addmm(cross, left, right @ right.T, beta=2).mul_(left).sum(dim=1, keepdim=True)
     if squared_base_norm is None:
         squared_base_norm = squared_row_norm(weight)
     return (squared_base_norm + update).clamp_min_(0)
@@ -221,7 +227,6 @@ def add_update_and_scale(
     return _AddUpdateAndScale.apply(output, projected, lora_B, magnitude, squared_norm, bias)
 
 
-@torch.no_grad()
 def add_update_and_scale_(
     output: torch.Tensor,
     projected: torch.Tensor,
@@ -229,7 +234,7 @@ def add_update_and_scale_(
     scale: torch.Tensor,
     bias: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """[`add_update_and_scale`] in place and without gradients, given the factor m / n of shape (out, 1)."""
+    """[`add_update_and_scale`] in place, for tensors that need no gradients, given the factor m / n of shape (out, 1)."""
     sum_ = _add_update_(output, projected, lora_B)
     scaled = scale_output(sum_, scale, bias, out=sum_)
     return scaled if sum_.dtype == output.dtype else output.copy_(scaled)
@@ -271,6 +276,8 @@ def scale_output(
     scale = scale.view(-1)
     if bias is None:
         return torch.mul(output, scale, out=out)
+    if output.dtype == scale.dtype == bias.dtype:
+        return torch.lerp(bias, output, scale, out=out)
     return torch.addcmul(bias - scale * bias, output, scale, out=out)
 
 

@@ -168,12 +168,14 @@ class AdaLoraLayer(stock.AdaLoraLayer):
 
     def check_only_adapter(self, adapter_names: list[str]) -> None:
         """Raise a `NotImplementedError` if an AdaDoRA adapter is to be used together with another one."""
-        magnitudes = [name for name in adapter_names if name in self.lora_magnitude]
-        if magnitudes and len(adapter_names) > 1:
-            raise NotImplementedError(
-                f"The AdaDoRA adapter {magnitudes[0]!r} cannot be used together with another one but got "
-                f"{list(adapter_names)}; choose one of them."
-            )
+        if len(adapter_names) < 2:
+            return
+        for adapter_name in adapter_names:
+            if adapter_name in self.lora_magnitude:
+                raise NotImplementedError(
+                    f"The AdaDoRA adapter {adapter_name!r} cannot be used together with another one but got "
+                    f"{list(adapter_names)}; choose one of them."
+                )
 
 
 class SVDLinear(AdaLoraLayer, stock.SVDLinear):
@@ -316,14 +318,15 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
         x = self.lora_dropout[adapter_name](self._cast_input_dtype(x, lora_A.dtype))
 
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (output, x, *params))
+        projected = nn.functional.linear(x, lora_A)
         if needs_grad or torch.compiler.is_compiling():
             _, scaled_E, _ = self.update_factors(adapter_name)
-            projected = nn.functional.linear(x, (lora_A * scaled_E).to(lora_A.dtype))
+            projected = (projected * scaled_E.T).to(projected.dtype)
             squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)
             return add_update_and_scale(output, projected, lora_B, magnitude, squared_norm, base_layer.bias)
 
         scaled_E, scale = self._scaled_E_and_scale(adapter_name, params)
-        projected = nn.functional.linear(x, (lora_A * scaled_E).to(lora_A.dtype))
+        projected = projected.mul_(scaled_E.T)
         return add_update_and_scale_(output, projected, lora_B, scale, base_layer.bias)
 
     def _squared_norm(self, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
@@ -333,9 +336,8 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             squared_base_norm = self._base_norm_memo.get(lambda: squared_row_norm(weight), (weight,))
         return squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B, squared_base_norm)
 
-    @torch.no_grad()
     def _scaled_E_and_scale(self, adapter_name: str, params: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
-        """c · E and m / n outside of the gradient graph, kept in eval mode."""
+        """c · E and m / n of an adapter that needs no gradients, kept in eval mode."""
 
         def compute() -> tuple[torch.Tensor, torch.Tensor]:
             lora_A, scaled_E, lora_B = self.update_factors(adapter_name)
