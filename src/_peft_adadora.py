@@ -4,10 +4,11 @@ The start-up file `peft_adadora.pth` imports this module in every interpreter of
 imports nothing that is not loaded anyway; what the finder needs is imported when PEFT is. It puts a finder on
 `sys.meta_path` that answers for one package:
 
-- `peft.tuners.adalora` gets our folder in front of the installed one on its `__path__`. A module that we have wins over
-  the installed one of the same name, and any other comes from the installed package.
-- `peft.tuners.adalora.stock_<module>` is the installed version of a module that we override. Ours subclass what is in
-  there. Because it lives in the same package, its relative imports reach our classes.
+- `peft.tuners.adalora` gets our `__init__.py`, and our folder in front of the installed one on its `__path__`. A module
+  that we have wins over the installed one of the same name, and any other comes from the installed package.
+- `peft.tuners.adalora.stock_<module>` is the installed version of a module that we override (`stock___init__` that of
+  the package itself). Ours subclass what is in there. Because it lives in the same package, its relative imports reach
+  our classes.
 """
 
 import os
@@ -40,6 +41,7 @@ class OverlayFinder:
         if name == PACKAGE:
             import warnings
             from importlib.machinery import PathFinder
+            from importlib.util import spec_from_file_location
 
             spec = PathFinder.find_spec(name, path)
             version = getattr(sys.modules.get("peft"), "__version__", "unknown")
@@ -49,13 +51,19 @@ class OverlayFinder:
                     "and PEFT runs as it is; install a supported peft, or uninstall peft-adadora."
                 )
                 return spec
-            spec.submodule_search_locations = [overlay_folder(), *spec.submodule_search_locations]
-            return spec
+            folder = overlay_folder()
+            return spec_from_file_location(
+                name,
+                os.path.join(folder, "__init__.py"),
+                submodule_search_locations=[folder, *spec.submodule_search_locations],
+            )
         if name.startswith(STOCK_PREFIX):
             from importlib.util import spec_from_file_location
 
             installed = list(path)[-1]
-            return spec_from_file_location(name, os.path.join(installed, name[len(STOCK_PREFIX) :] + ".py"))
+            spec = spec_from_file_location(name, os.path.join(installed, name[len(STOCK_PREFIX) :] + ".py"))
+            spec.submodule_search_locations = None  # a module, even if it comes from an `__init__.py`
+            return spec
         return None
 
 

@@ -280,12 +280,7 @@ class TestCheckpoints:
         before = parameter_bytes(base)
         with pytest.raises(ValueError, match=self.KEY):
             PeftModel.from_pretrained(base, checkpoint, low_cpu_mem_usage=low_cpu_mem_usage)
-        after = parameter_bytes(base)
-        assert {
-            name.replace(".base_layer", ""): after[name]
-            for name in after
-            if "lora_" not in name and "ranknum" not in name
-        } == before
+        assert parameter_bytes(base) == before
 
 
 def test_a_lora_config_is_none_of_our_business():

@@ -53,7 +53,7 @@ class TestConfig:
         assert PeftConfig.from_pretrained(tmp_path).use_dora_adaptive is flag
 
     def test_a_config_saved_without_the_flag_loads_with_the_flag_off(self, tmp_path):
-        make_config().save_pretrained(tmp_path)
+        make_config(use_dora_adaptive=False).save_pretrained(tmp_path)
         path = tmp_path / "adapter_config.json"
         saved = json.loads(path.read_text())
         del saved["use_dora_adaptive"]

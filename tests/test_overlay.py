@@ -66,7 +66,7 @@ def write_stand_in_for_peft(folder, version):
         f'__version__ = "{version}"\n\nfrom .tuners.adalora import AdaLoraConfig\n'
     )
     (folder / "peft" / "tuners" / "__init__.py").touch()
-    (adalora / "__init__.py").write_text("from .config import AdaLoraConfig\n")
+    (adalora / "__init__.py").write_text('from .config import AdaLoraConfig\n\n__all__ = ["AdaLoraConfig"]\n')
     (adalora / "config.py").write_text(STAND_IN_CONFIG)
     metadata = folder / f"peft-{version}.dist-info"
     metadata.mkdir()
@@ -364,7 +364,9 @@ class TestModulesOfPeft:
 
         assert getattr(peft, name) is getattr(peft.tuners, name) is getattr(peft.tuners.adalora, name)
 
-    @pytest.mark.parametrize("module", ["", ".bnb", ".gptq", ".stock_config", ".stock_layer", ".stock_model"])
+    @pytest.mark.parametrize(
+        "module", [".bnb", ".gptq", ".stock___init__", ".stock_config", ".stock_layer", ".stock_model"]
+    )
     def test_modules_without_an_override_and_stock_modules_are_those_of_the_installed_peft(self, module):
         import peft
 

@@ -1,6 +1,7 @@
 """AdaDoRA for PEFT: `AdaLoraConfig(..., use_dora_adaptive=True)`.
 
-Nothing needs to be imported from here. AdaDoRA is active in every interpreter that reads the start-up file of this
+`AdaLoraCallback`, for the Trainer of transformers, can be imported from here as well as from `peft.tuners.adalora`;
+nothing else needs to be. AdaDoRA is active in every interpreter that reads the start-up file of this
 package, that is, in any ordinary environment where it is installed. Where start-up files are not read (`python -S`, or
 `pip install --target` with `PYTHONPATH`), import this package before `peft`.
 
@@ -10,6 +11,7 @@ already imported without AdaDoRA.
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import _peft_adadora as _overlay
 
@@ -32,3 +34,11 @@ if _adalora is not None and _overlay.overlay_folder() not in _adalora.__path__:
         f"{_overlay.PACKAGE} was imported before peft_adadora could add AdaDoRA to it; restart Python and import "
         "peft_adadora before peft."
     )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdaLoraCallback":
+        from peft.tuners.adalora import AdaLoraCallback
+
+        return AdaLoraCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any, Optional
 
@@ -23,8 +24,9 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 
 from . import stock_model as stock
+from .checkpoint import PREFIX, check_adapter_file, check_adapter_weights
 from .config import AdaLoraConfig
-from .layer import AdaLoraLayer, SVDLinear, check_magnitude_support
+from .layer import AdaLoraLayer, RankAllocator, SVDLinear, check_magnitude_support
 
 
 class AdaLoraModel(stock.AdaLoraModel):
@@ -32,12 +34,31 @@ class AdaLoraModel(stock.AdaLoraModel):
     PEFT's AdaLoRA model, whose adapters can also be AdaDoRA adapters (`AdaLoraConfig(use_dora_adaptive=True)`).
 
     What is refused for AdaDoRA is refused here for the whole model, before any of its layers has changed.
+
+    Args:
+        keep_shapes_on_load (`bool`):
+            Whether loading pruned weights into an adapter that exists keeps its parameters, which an optimizer may hold,
+            with the pruned triplets masked, instead of resizing the adapter to the ranks kept. [`AdaLoraCallback`] sets
+            it. Defaults to `False`.
     """
+
+    keep_shapes_on_load = False
+    # so many forward passes in training without an allocation are no accident
+    _forwards_until_warning = 200
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(self, "trainable_adapter_name"):
             # AdaLoRA's forward adds the regularization of the adapter in training to the loss; here none is in training
             return self.model.forward(*args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            self._forwards_until_warning -= 1
+            has_allocated = self.rankallocator.exp_avg_ipt or self.rankallocator.peft_config.rank_pattern
+            if self._forwards_until_warning == 0 and not has_allocated:
+                warnings.warn(
+                    "AdaLoRA has trained for a while without an allocation, so no rank will be pruned; pass "
+                    "`AdaLoraCallback()` to the Trainer, or call `model.base_model.update_and_allocate(step)` after each "
+                    "optimizer step."
+                )
         return super().forward(*args, **kwargs)
 
     def _svd_linear_layers(self) -> Iterator[SVDLinear]:
@@ -46,18 +67,23 @@ class AdaLoraModel(stock.AdaLoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         self._check_unmerge()  # because injecting sets the active adapter, which unmerges
-        if config.use_dora_adaptive:
-            self._check_targets(model, config, kwargs.get("state_dict"))
+        layers = self._check_targets(model, config, kwargs.get("state_dict")) if config.use_dora_adaptive else {}
+        check_adapter_file(config, layers)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not config.inference_mode:
+            # PEFT's __init__ does so for the first adapter alone
+            self.trainable_adapter_name = adapter_name
+            self.rankallocator = RankAllocator(model, config, adapter_name)
 
     def _check_targets(
         self, model: nn.Module, config: AdaLoraConfig, state_dict: Optional[dict[str, torch.Tensor]]
-    ) -> None:
+    ) -> dict[str, tuple[int, int]]:
+        """The shapes (out, in) of the weights that will be adapted, by the names of their modules."""
         # on a copy, because `inject_adapter` warns about what it resolves in the config itself
         config = self._prepare_adapter_config(copy.copy(config), self.get_model_config(model))
         config = _maybe_include_all_linear_layers(config, model)
         names_in_state_dict = {key.rpartition(f".{self.prefix}")[0] for key in state_dict or ()}
-        inside_adapter_layer = ()
+        inside_adapter_layer, layers = (), {}
         for name, module in model.named_modules():
             if not name or name.startswith(inside_adapter_layer):
                 continue
@@ -67,6 +93,8 @@ class AdaLoraModel(stock.AdaLoraModel):
                 inside_adapter_layer = (*inside_adapter_layer, f"{name}.")
             if name in names_in_state_dict if state_dict else self._check_target_module_exists(config, name):
                 check_magnitude_support(base_layer, name)
+                layers[name] = base_layer.out_features, base_layer.in_features
+        return layers
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -136,35 +164,81 @@ class AdaLoraModel(stock.AdaLoraModel):
             layer.keep_ranks(adapter_name, mask.nonzero().view(-1))
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AdaLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        if hasattr(model, "resize_state_dict_by_rank_pattern") or not config.rank_pattern:
+            return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # the adapter was injected into a model that knows nothing of ranks
+        config.rank_pattern = {
+            name.removesuffix(f".{adapter_name}"): kept for name, kept in config.rank_pattern.items()
+        }
+        whole_config = copy.copy(config)
+        whole_config.rank_pattern = None
+        state_dict = super()._get_adapter_state_dict(
+            model, whole_config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, kept in config.rank_pattern.items():
+            layer_name = name.rpartition(".")[0]
+            kept = torch.as_tensor(kept).view(-1)
+            for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+                key = f"{layer_name}.{part}.{adapter_name}"
+                if state_dict[key].shape[dim] == len(kept):
+                    indices = kept.nonzero().view(-1).to(state_dict[key].device)
+                    state_dict[key] = state_dict[key].index_select(dim, indices)
+        return state_dict
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # the mapping alone, to check the magnitudes before AdaLoRA's implementation resizes the model
+        # the mapping alone, to check the weights before AdaLoRA's implementation resizes the model
         mapped = super(LoraModel, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        cls._check_magnitudes(model, adapter_name, mapped)
+        keeps_shapes = getattr(model, "keep_shapes_on_load", False)
+        saved = {cls._remove_adapter_name_from_key(key, adapter_name): value for key, value in mapped.items()}
+        layers = {
+            name.removeprefix(PREFIX): (len(layer.lora_B[adapter_name]), layer.lora_A[adapter_name].shape[1])
+            for name, layer in model.named_modules()
+            if isinstance(layer, AdaLoraLayer) and adapter_name in layer.lora_A
+        }
+        max_rank = config.init_r if keeps_shapes else None
+        check_adapter_weights(saved, layers, config, "the weights of the adapter", max_rank)
+        if keeps_shapes:
+            return cls._fill_up_ranks(model, config, adapter_name, mapped)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @classmethod
-    def _check_magnitudes(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-        expected = {
-            f"{name}.lora_magnitude.{adapter_name}": module.lora_magnitude[adapter_name].shape
-            for name, module in model.named_modules()
-            if isinstance(module, AdaLoraLayer) and adapter_name in module.lora_magnitude
-        }
-        for key, shape in expected.items():
-            saved_key = cls._remove_adapter_name_from_key(key, adapter_name)
-            if key not in state_dict:
-                raise ValueError(
-                    f"The adapter uses `use_dora_adaptive=True` but {saved_key!r} is missing from its weights."
-                )
-            if state_dict[key].shape != shape:
-                raise ValueError(
-                    f"The weights have {saved_key!r} of shape {tuple(state_dict[key].shape)}, but the layer needs "
-                    f"{tuple(shape)}."
-                )
-        for key in state_dict:
-            if key not in expected and ".lora_magnitude" in key:
-                raise ValueError(
-                    f"The weights have {key!r}, but the adapter has no such magnitude; set `use_dora_adaptive=True` in "
-                    "its config, or adapt the layers that it was trained on."
-                )
+    def _fill_up_ranks(
+        cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """
+        Give the weights of a pruned adapter the shapes that it has in the model: its triplets first, and behind them those
+        of the model with a singular value of 0. The rank pattern in `config` is set to match.
+        """
+        filled, rank_pattern = dict(state_dict), {}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, AdaLoraLayer) or adapter_name not in layer.lora_A:
+                continue
+            rank = layer.lora_E[adapter_name].shape[0]
+            kept = len(state_dict.get(f"{name}.lora_E.{adapter_name}", layer.lora_E[adapter_name]))
+            rank_pattern[f"{name.removeprefix(PREFIX)}.lora_E"] = [True] * kept + [False] * (rank - kept)
+            for part, params, dim in (
+                ("lora_A", layer.lora_A, 0),
+                ("lora_E", layer.lora_E, 0),
+                ("lora_B", layer.lora_B, 1),
+            ):
+                value = state_dict.get(f"{name}.{part}.{adapter_name}")
+                if value is None or value.shape[dim] >= rank:
+                    continue
+                rest = params[adapter_name].detach().narrow(dim, kept, rank - kept).to(value)
+                if part == "lora_E":
+                    rest = torch.zeros_like(rest)
+                filled[f"{name}.{part}.{adapter_name}"] = torch.cat([value, rest], dim)
+        is_pruned = not all(all(kept) for kept in rank_pattern.values())
+        config.rank_pattern = rank_pattern if is_pruned else None
+        return filled

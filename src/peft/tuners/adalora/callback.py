@@ -1,0 +1,357 @@
+# Copyright 2026-present the HuggingFace Inc. team.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""AdaLoRA and AdaDoRA in the `Trainer` of transformers: allocation, logs, and checkpoints that resume exactly."""
+
+import dataclasses
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Optional, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from .config import AdaLoraConfig
+from .layer import AdaLoraLayer, RankAllocator, copy_whole_, whole
+from .model import AdaLoraModel
+
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+
+STATE_FILE = "adalora_state.safetensors"
+
+T = TypeVar("T", bound=nn.Module)
+
+
+class AdaLoraCallback(TrainerCallback):
+    """
+    Trains AdaLoRA and AdaDoRA adapters with the `Trainer` of transformers, and trainers built on it, such as TRL's.
+
+    After each optimizer step it calls [`AdaLoraModel.update_and_allocate`], with the number of steps of the run as
+    `total_step`. It adds to the logs the budget (`adalora_budget`, ranks in total), the mean rank of a layer
+    (`adalora_mean_rank`), the share of the initial ranks that is pruned (`adalora_pruned`) and, for AdaDoRA, by how much
+    of its initial value a magnitude has changed on average (`adalora_magnitude_drift`).
+
+    Each checkpoint gets a file `adalora_state.safetensors` with the unpruned factors, the ranks kept and the averages of
+    the importance; `resume_from_checkpoint` then goes on bit by bit as if the run had never stopped. A checkpoint that a
+    kill left half written is renamed `unfinished-checkpoint-<step>` when the next run starts, so that
+    `resume_from_checkpoint=True` finds the one before it.
+
+    The adapter may also come from `model.add_adapter` of transformers or from `inject_adapter_in_model`. What is added to
+    the loss for the orthogonality of A and B is then missing, because [`AdaLoraModel`] is.
+
+    Raises:
+        `ValueError`: When training starts, if the model has no AdaLoRA adapter to train, if the schedule does not fit the
+            number of steps, or if the checkpoint's `adalora_state.safetensors` is broken.
+
+    Example:
+
+    ```python
+    trainer = Trainer(model=get_peft_model(model, AdaLoraConfig(...)), callbacks=[AdaLoraCallback()], ...)
+    trainer.train()
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._tuner: Optional[AdaLoraModel | _InjectedAdaLora] = None
+        self._saved_step: Optional[int] = None
+        self._lock: Optional[int] = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        for tuner in _modules(model, AdaLoraModel):
+            tuner.keep_shapes_on_load = True
+        with args.main_process_first(local=False, desc="looking for unfinished checkpoints"):
+            if args.process_index == 0:
+                _set_aside_unfinished_checkpoints(args.output_dir)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        self._tuner = _tuner_of(model)
+        self._saved_step = None
+        _set_total_step(self._tuner, state.max_steps)
+        if state.global_step > 0:
+            folders = [os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")]
+            if args.resume_from_checkpoint is not None:
+                folders.insert(0, args.resume_from_checkpoint)
+            _restore(self._tuner, [os.path.join(folder, STATE_FILE) for folder in folders])
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        config = self._tuner.rankallocator.peft_config
+        is_last_allocation = state.global_step == config.total_step - config.tfinal
+        if getattr(optimizer, "step_was_skipped", False) and not is_last_allocation:
+            return  # an overflow in float16: there are no gradients to learn from, and nothing has changed
+        self._tuner.update_and_allocate(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # before the Trainer writes its part, so that it deletes no older checkpoint while this one lacks ours
+        if control.should_save:
+            self._save(args, state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self._save(args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._save(args, state)  # if not on_step_end but an evaluation, say, has asked for the checkpoint
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
+        if args.save_only_model or self._saved_step == state.global_step:
+            return
+        self._saved_step = state.global_step
+        tensors = _training_state(self._tuner)  # on all processes, of which each may hold a part
+        if args.should_save:
+            folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            os.makedirs(folder, exist_ok=True)
+            self._lock = _lock(folder)
+            _write(tensors, folder)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Optional[dict[str, float]] = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._tuner is None or logs is None or "loss" not in logs:
+            return
+        metrics = _metrics(self._tuner, state.global_step - 1)
+        logs.update(metrics)
+        state.log_history[-1].update(metrics)
+
+
+@dataclass
+class _InjectedAdaLora:
+    """The part of [`AdaLoraModel`] that allocation needs, for an adapter that was injected into a model without it."""
+
+    model: nn.Module
+    peft_config: dict[str, AdaLoraConfig]
+    trainable_adapter_name: str
+    rankallocator: RankAllocator
+
+    update_and_allocate = AdaLoraModel.update_and_allocate
+
+
+def _modules(model: nn.Module, kind: type[T]) -> Iterator[T]:
+    return (module for module in model.modules() if isinstance(module, kind))
+
+
+def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
+    for tuner in _modules(model, AdaLoraModel):
+        if hasattr(tuner, "rankallocator"):
+            tuner.keep_shapes_on_load = True
+            return tuner
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, dict) else ():
+            if isinstance(config, AdaLoraConfig) and not config.inference_mode:
+                return _InjectedAdaLora(module, configs, name, RankAllocator(module, config, name))
+    raise ValueError("AdaLoraCallback needs a model with an AdaLoRA adapter to train, but this model has none.")
+
+
+def _set_total_step(tuner: AdaLoraModel | _InjectedAdaLora, total_step: int) -> None:
+    config = tuner.rankallocator.peft_config
+    if config.total_step == total_step:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataclasses.replace(config, total_step=total_step)  # raises if the schedule does not fit
+    warnings.warn(
+        f"The AdaLoRA config has total_step={config.total_step} but this run takes {total_step} optimizer steps; its "
+        f"schedule now ends at step {total_step}."
+    )
+    config.total_step = total_step
+
+
+def _adapter_params(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, nn.Parameter]:
+    """A, E, B and m of each layer that the allocator looks after, by their names in the model."""
+    parts = ("lora_A", "lora_E", "lora_B", "lora_magnitude")
+    names = {name % part for name in tuner.rankallocator.name_set for part in parts}
+    return {name: param for name, param in tuner.model.named_parameters() if name in names}
+
+
+def _rank_pattern(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.Tensor]:
+    """Which triplets are kept, bool of shape (r,), by the name of each E."""
+    state = tuner.rankallocator.state_dict()
+    return {
+        name: state.get(f"rank_pattern.{name}", torch.ones(len(param), dtype=torch.bool))
+        for name, param in _adapter_params(tuner).items()
+        if ".lora_E." in name
+    }
+
+
+def _training_state(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.Tensor]:
+    """The unpruned adapter and the state of the allocator, all that a checkpoint of a pruned adapter lacks."""
+    state = tuner.rankallocator.state_dict()
+    state.update({f"param.{name}": whole(param) for name, param in _adapter_params(tuner).items()})
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    checksum = hashlib.sha256()
+    for key in sorted(tensors):
+        checksum.update(key.encode())
+        checksum.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
+    return checksum.hexdigest()
+
+
+def _write(tensors: dict[str, torch.Tensor], folder: str) -> None:
+    path = os.path.join(folder, STATE_FILE)
+    save_file(tensors, f"{path}.tmp", metadata={"format": "pt", "sha256": _checksum(tensors)})
+    os.replace(f"{path}.tmp", path)
+
+
+def _read(path: str) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            checksum = (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken ({error}); resume from another checkpoint.") from error
+    if checksum != _checksum(tensors):
+        raise ValueError(f"{path} is broken (wrong checksum); resume from another checkpoint.")
+    return tensors
+
+
+@torch.no_grad()
+def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
+    """Put back what the first of the files that exists holds, if it goes with the adapter that has been loaded."""
+    path = next(filter(os.path.exists, paths), None)
+    if path is None:
+        warnings.warn(
+            f"There is no {paths[0]}, so this run resumes only approximately: pruned triplets start afresh, and the "
+            "averages of the importance from zero."
+        )
+        return
+    state = _read(path)
+    saved = {key.removeprefix("param."): state.pop(key) for key in list(state) if key.startswith("param.")}
+    params = _adapter_params(tuner)
+    for name in saved.keys() ^ params.keys():
+        raise ValueError(f"{path} does not fit the model, which has another adapter: {name!r} is only in one of them.")
+
+    # the loaded weights are those that are kept, in front
+    for name, param in params.items():
+        name_of_E = re.sub(r"lora_(A|B|magnitude)", "lora_E", name)
+        kept = state.get(f"rank_pattern.{name_of_E}", torch.ones(len(saved[name_of_E]), dtype=torch.bool))
+        expected = saved[name]
+        loaded = whole(param).to(expected.device)
+        if ".lora_magnitude." not in name:
+            dim = 1 if ".lora_B." in name else 0
+            expected = expected.index_select(dim, kept.nonzero().view(-1))
+            loaded = loaded.narrow(dim, 0, min(expected.shape[dim], loaded.shape[dim]))
+        if saved[name].shape != param.shape or not torch.equal(expected, loaded):
+            raise ValueError(
+                f"{name!r} in {path} is not what has been loaded into the model; one of the files of the checkpoint is "
+                "broken, or from another run."
+            )
+    try:
+        tuner.rankallocator.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from error
+    for name, param in params.items():
+        copy_whole_(param, saved[name])
+
+
+@torch.no_grad()
+def _metrics(tuner: AdaLoraModel | _InjectedAdaLora, step: int) -> dict[str, float]:
+    allocator = tuner.rankallocator
+    rank_pattern = _rank_pattern(tuner)
+    kept = sum(int(mask.sum()) for mask in rank_pattern.values())
+    metrics = {
+        "adalora_budget": allocator.budget_schedule(step)[0],
+        "adalora_mean_rank": kept / len(rank_pattern),
+        "adalora_pruned": 1 - kept / allocator.init_bgt,
+    }
+    drifts = [
+        layer.magnitude_drift(allocator.adapter_name)
+        for layer in _modules(tuner.model, AdaLoraLayer)
+        if allocator.adapter_name in layer.lora_magnitude
+    ]
+    if drifts:
+        metrics["adalora_magnitude_drift"] = torch.cat([drift.flatten().cpu() for drift in drifts]).mean().item()
+    return metrics
+
+
+def _lock(folder: str) -> Optional[int]:
+    """
+    A file descriptor that locks the folder for as long as it is open and this process lives, or `None` if the folder is
+    locked already or its file system knows no locks.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _set_aside_unfinished_checkpoints(output_dir: str) -> None:
+    """Rename the newest checkpoints of the folder as long as they are ones that this callback saw begun but not ended."""
+    while os.path.isdir(output_dir) and (folder := get_last_checkpoint(output_dir)) is not None:
+        names = os.listdir(folder)
+        if _is_trainer_state(os.path.join(folder, TRAINER_STATE_NAME)) or not (
+            not names or any(name.startswith(STATE_FILE) for name in names)
+        ):
+            return
+        lock = _lock(folder)
+        if lock is None:
+            return  # it is being written
+        parent, name = os.path.split(folder)
+        target = os.path.join(parent, f"unfinished-{name}")
+        while os.path.exists(target):
+            target += "-again"
+        os.rename(folder, target)
+        os.close(lock)
+        warnings.warn(f"{folder} is unfinished, its writer must have been killed; it is now called {target}.")
+
+
+def _is_trainer_state(path: str) -> bool:
+    try:
+        TrainerState.load_from_json(path)
+    except (OSError, ValueError, TypeError):
+        return False
+    return True
