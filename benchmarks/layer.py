@@ -1,6 +1,7 @@
 """One linear layer: a training step, and a forward pass without gradients."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ SHAPES = [
     (4096, 11008, 256),
 ]
 OTHER_RANKS = [8, 64, 384]
+# Without instructions for bfloat16 a CPU takes 50 times as long as in float32, so there only the small shapes are run.
+BFLOAT16_SHAPES_ON_CPU = [(768, 768, 512), (2048, 2048, 32), (2048, 2048, 1)]
 
 # At most this many times AdaLoRA's time, on a CPU in float32 at rank 12.
 TRAINING_TARGETS = {
@@ -41,14 +44,13 @@ def cases(settings: Settings) -> list[LayerCase]:
     shapes = settings.pick(SHAPES, [(768, 768, 512), (2048, 2048, 1)])
     ranks = settings.pick(OTHER_RANKS, [64])
     rank_shape = settings.pick((2048, 2048, 512), (768, 768, 512))
-    return [
-        case
-        for dtype in (torch.float32, torch.bfloat16)
-        for case in (
-            *(LayerCase(*shape, dtype=dtype) for shape in shapes),
-            *(LayerCase(*rank_shape, rank=rank, dtype=dtype) for rank in ranks),
-        )
-    ]
+    cases = [LayerCase(*shape) for shape in shapes] + [LayerCase(*rank_shape, rank=rank) for rank in ranks]
+    bfloat16_cases = [replace(case, dtype=torch.bfloat16) for case in cases]
+    if not settings.on_cuda:
+        bfloat16_cases = [
+            LayerCase(*shape, dtype=torch.bfloat16) for shape in BFLOAT16_SHAPES_ON_CPU if shape in shapes
+        ]
+    return cases + bfloat16_cases
 
 
 def row(case: LayerCase, seconds: Seconds, targets: dict[LayerCase, float], settings: Settings) -> dict[str, Any]:

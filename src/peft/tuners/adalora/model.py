@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from . import stock_model as stock
 from .checkpoint import PREFIX, check_adapter_file, check_adapter_weights
 from .config import AdaLoraConfig
-from .layer import AdaLoraLayer, RankAllocator, SVDLinear, check_magnitude_support
+from .layer import AdaLoraLayer, RankAllocator, SVDLinear, check_magnitude_support, is_sharded
 
 
 class AdaLoraModel(stock.AdaLoraModel):
@@ -59,7 +59,24 @@ class AdaLoraModel(stock.AdaLoraModel):
                     "`AdaLoraCallback()` to the Trainer, or call `model.base_model.update_and_allocate(step)` after each "
                     "optimizer step."
                 )
-        return super().forward(*args, **kwargs)
+        if not any(is_sharded(param) for param in self.model.parameters()):
+            return super().forward(*args, **kwargs)
+        outputs = self.model.forward(*args, **kwargs)
+        if isinstance(getattr(outputs, "loss", None), torch.Tensor):
+            outputs.loss = outputs.loss + self.rankallocator.peft_config.orth_reg_weight * self._orthogonality_loss()
+        return outputs
+
+    def _orthogonality_loss(self) -> torch.Tensor:
+        """AdaLoRA's regularization, the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖, of parameters that may be sharded."""
+        losses = []
+        for name, param in self.model.named_parameters():
+            if ("lora_A" in name or "lora_B" in name) and self.trainable_adapter_name in name:
+                rows = param.full_tensor() if is_sharded(param) else param
+                rows = rows if "lora_A" in name else rows.T
+                losses.append(
+                    torch.linalg.norm(rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device))
+                )
+        return torch.stack(losses).mean()
 
     def _svd_linear_layers(self) -> Iterator[SVDLinear]:
         return (module for module in self.model.modules() if isinstance(module, SVDLinear))
