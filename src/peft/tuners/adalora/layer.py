@@ -119,7 +119,7 @@ class AdaLoraLayer(stock.AdaLoraLayer):
         """Set the magnitude of an adapter to the row norm of the base weight. Does nothing on the meta device."""
         magnitude = self.lora_magnitude[adapter_name]
         if not magnitude.is_meta:
-            magnitude.copy_(self._base_row_norm())
+            copy_whole_(magnitude, self._base_row_norm())
 
     @torch.no_grad()
     def restore_magnitude_precision(self, adapter_name: str) -> None:
@@ -139,7 +139,7 @@ class AdaLoraLayer(stock.AdaLoraLayer):
     @torch.no_grad()
     def magnitude_drift(self, adapter_name: str) -> torch.Tensor:
         """By how much of its initial value each magnitude has changed, of shape (rows whose base weight is not zero,)."""
-        norm = whole(self._base_row_norm())
+        norm = self._base_row_norm()
         change = (whole(self.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm
         return change[norm > 0]
 
@@ -149,7 +149,7 @@ class AdaLoraLayer(stock.AdaLoraLayer):
             for adapter_name in self.merged_adapters:
                 if adapter_name not in self.lora_magnitude:
                     weight = weight - self.get_delta_weight(adapter_name)
-            return squared_row_norm(weight).sqrt()
+            return squared_row_norm(whole(weight)).sqrt()
 
     @torch.no_grad()
     def keep_ranks(self, adapter_name: str, kept: torch.Tensor) -> None:
@@ -254,10 +254,13 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
         adapter_name = self.adadora_adapter(list(dict.fromkeys([*self.merged_adapters, *adapter_names])))
         return None if adapter_name in self.merged_adapters else adapter_name
 
+    def _merged_rows(self, adapter_name: str) -> Iterator[tuple[slice, torch.Tensor]]:
+        weight, magnitude = self.get_base_layer().weight, self.lora_magnitude[adapter_name]
+        return merge_rows(*(whole(part) for part in (weight, *self.update_factors(adapter_name), magnitude)))
+
     def check_merge_is_finite(self, adapter_name: str) -> None:
         """Raise a `ValueError` if the merged weight of an AdaDoRA adapter has a value that is not finite."""
-        weight = self.get_base_layer().weight
-        for _, values in merge_rows(weight, *self.update_factors(adapter_name), self.lora_magnitude[adapter_name]):
+        for _, values in self._merged_rows(adapter_name):
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"The merged weight of adapter {adapter_name!r} is not finite, so the adapter seems to be broken; "
@@ -287,10 +290,11 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             self.check_merge_is_finite(adapter_name)
         weight = self.get_base_layer().weight
         with torch.no_grad():
-            for rows, values in merge_rows(
-                weight, *self.update_factors(adapter_name), self.lora_magnitude[adapter_name]
-            ):
-                weight[rows] = values
+            if is_sharded(weight):
+                copy_whole_(weight, torch.cat([values for _, values in self._merged_rows(adapter_name)]))
+            else:
+                for rows, values in self._merged_rows(adapter_name):
+                    weight[rows] = values
         self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
@@ -351,7 +355,8 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)
             return scaled_E, magnitude_scale(self.lora_magnitude[adapter_name], squared_norm)
 
-        if self.training:
+        if self.training or getattr(self, "_is_fsdp_managed_module", False):
+            # FSDP2 gathers parameters for the forward pass into tensors that do not count it
             return compute()
         tensors = (self.get_base_layer().weight, *params, self.ranknum[adapter_name])
         return self._eval_memo.get(compute, tensors, adapter_name, self.scaling[adapter_name])

@@ -1,0 +1,141 @@
+"""Trains on several processes what `train_single` trains on one; run it with torchrun.
+
+torchrun --nproc-per-node 2 distributed_run.py {ddp,fsdp2,fsdp2-bf16,trainer} FOLDER
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, make_trainer
+from transformers import Trainer
+
+from peft import PeftModel, get_peft_model
+
+
+BATCH = 4
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def adapter_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The unpruned adapter."""
+    return {name: whole(param.detach()).clone() for name, param in model.named_parameters() if "lora_" in name}
+
+
+def held_out_logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return whole(model.eval()(input_ids=RandomTokens()[7]["input_ids"][None]).logits).float()
+
+
+def train(model: nn.Module, peft_model: PeftModel) -> dict[str, Any]:
+    """Train for `STEPS` steps on the share of this process, and tell what came out."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    optimizer = torch.optim.AdamW((param for param in model.parameters() if param.requires_grad), lr=1e-2)
+    data = RandomTokens()
+    for step in range(STEPS):
+        tokens = torch.stack([data[(BATCH * step + index) % len(data)]["input_ids"] for index in range(BATCH)])
+        tokens = tokens.chunk(world)[rank]
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        peft_model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return {
+        "adapter": adapter_of(peft_model),
+        "rank_pattern": peft_model.peft_config["default"].rank_pattern,
+        "averages": {
+            name: tensor.clone() for name, tensor in peft_model.base_model.rankallocator.state_dict().items()
+        },
+        "logits": held_out_logits(model),
+    }
+
+
+def make_model() -> PeftModel:
+    return get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0))
+
+
+def train_single() -> dict[str, Any]:
+    model = make_model()
+    result = train(model, model)
+    model.merge_adapter(safe_merge=True)
+    return {**result, "merged_logits": held_out_logits(model)}
+
+
+def shard(model: PeftModel, param_dtype: torch.dtype) -> PeftModel:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def train_sharded(folder: Path, param_dtype: torch.dtype) -> dict[str, Any]:
+    model = shard(make_model(), param_dtype)
+    result = train(model, model)
+
+    full_state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "adapter", state_dict=full_state)
+    dist.barrier()
+    loaded = PeftModel.from_pretrained(make_llama(), folder / "adapter", is_trainable=True)
+    result["logits_of_loaded"] = held_out_logits(shard(loaded, param_dtype))
+
+    # in eval mode, without an optimizer step: what the layers may keep would be wrong now
+    with torch.no_grad():
+        for name, param in loaded.named_parameters():
+            if "lora_magnitude" in name:
+                param.mul_(2)
+    result["logits_of_changed"] = held_out_logits(loaded)
+
+    model.merge_adapter(safe_merge=True)
+    return {**result, "merged_logits": held_out_logits(model)}
+
+
+def make_trainer_without_dropout(folder: Path) -> Trainer:
+    """The same batches on any number of processes, and one that divides 2."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return make_trainer(
+        folder,
+        make_adalora_config(lora_dropout=0.0),
+        per_device_train_batch_size=2 // world,
+        # otherwise the Trainer scales the loss by the number of processes, and with it AdaLoRA's regularization
+        average_tokens_across_devices=False,
+    )
+
+
+def train_with_trainer(folder: Path) -> dict[str, Any]:
+    trainer = make_trainer_without_dropout(folder)
+    trainer.train()
+    return {
+        "adapter": adapter_of(trainer.model),
+        "rank_pattern": trainer.model.peft_config["default"].rank_pattern,
+        "logits": held_out_logits(trainer.model),
+    }
+
+
+def main(mode: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if mode == "ddp":
+        model = make_model()
+        result = train(DistributedDataParallel(model), model)
+    elif mode == "trainer":
+        result = train_with_trainer(folder)
+    else:
+        result = train_sharded(folder, torch.bfloat16 if mode == "fsdp2-bf16" else torch.float32)
+    torch.save(result, folder / f"rank-{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,121 @@
+"""Two processes train what one trains, over gloo on the CPU: DDP, FSDP2, and DDP through the Trainer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_run import held_out_logits, make_trainer_without_dropout, train_single
+from trainer_run import STEPS, make_llama
+
+from peft import PeftModel
+
+
+def launch(mode: str, folder: Path) -> list[dict]:
+    """What the two processes report."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).with_name("distributed_run.py")
+    process = subprocess.run(
+        [*command, script, mode, folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def single():
+    return train_single()
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "fsdp2-bf16"])
+def mode(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(mode, tmp_path_factory):
+    return tmp_path_factory.mktemp(mode)
+
+
+@pytest.fixture(scope="module")
+def results(mode, folder):
+    return launch(mode, folder)
+
+
+class TestTwoProcesses:
+    def test_all_processes_keep_the_ranks_of_a_single_one(self, results, single):
+        assert sum(sum(kept) for kept in single["rank_pattern"].values()) == 12
+        for result in results:
+            assert result["rank_pattern"] == single["rank_pattern"]
+
+    def test_all_processes_hold_the_same_adapter(self, results):
+        for name, tensor in results[0]["adapter"].items():
+            assert torch.equal(tensor, results[1]["adapter"][name]), name
+        for name, tensor in results[0]["averages"].items():
+            assert torch.equal(tensor, results[1]["averages"][name]), name
+
+    def test_the_adapter_is_that_of_a_single_process(self, results, single, mode):
+        # in bfloat16 the gradients are rounded to 8 bits, and Adam takes steps of 1e-2 whatever their size
+        atol = 1e-5 if mode != "fsdp2-bf16" else 1e-2
+        for name, tensor in single["adapter"].items():
+            torch.testing.assert_close(results[0]["adapter"][name], tensor, rtol=1e-5, atol=atol, msg=name)
+
+    def test_pruned_entries_are_zero(self, results, single):
+        for name, kept in single["rank_pattern"].items():
+            pruned = results[0]["adapter"][f"base_model.model.{name}"][~torch.tensor(kept)]
+            assert (pruned == 0).all()
+
+
+class TestSharded:
+    @pytest.fixture(autouse=True)
+    def only_sharded(self, mode):
+        if mode == "ddp":
+            pytest.skip("DDP does not shard")
+
+    @pytest.fixture
+    def tolerance(self, mode):
+        return {"rtol": 1e-5, "atol": 1e-5} if mode == "fsdp2" else {"rtol": 0, "atol": 0.05}
+
+    def test_merging_gives_the_merged_model_of_a_single_process(self, results, single, tolerance):
+        torch.testing.assert_close(results[0]["merged_logits"], single["merged_logits"], **tolerance)
+
+    def test_saved_from_shards_it_loads_on_a_single_process(self, results, folder, tolerance):
+        loaded = PeftModel.from_pretrained(make_llama(), folder / "adapter")
+        assert sum(len(param) for name, param in loaded.named_parameters() if "lora_E" in name) == 12
+        torch.testing.assert_close(held_out_logits(loaded), results[0]["logits"], **tolerance)
+
+    def test_loaded_on_a_single_process_it_can_be_sharded_again(self, results, tolerance):
+        torch.testing.assert_close(results[0]["logits_of_loaded"], results[0]["logits"], **tolerance)
+
+    def test_a_change_of_sharded_magnitudes_in_eval_mode_is_noticed(self, results, folder, tolerance):
+        changed = PeftModel.from_pretrained(make_llama(), folder / "adapter")
+        with torch.no_grad():
+            for name, param in changed.named_parameters():
+                if "lora_magnitude" in name:
+                    param.mul_(2)
+        expected = held_out_logits(changed)
+        assert (expected - results[0]["logits"]).abs().max() > 0.1
+        torch.testing.assert_close(results[0]["logits_of_changed"], expected, **tolerance)
+
+
+def test_the_trainer_gives_the_same_on_two_processes(tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for path in folders:
+        path.mkdir()
+    results = launch("trainer", folders[1])
+    trainer = make_trainer_without_dropout(folders[0])
+    trainer.train()
+    patterns = [result["rank_pattern"] for result in results] + [trainer.model.peft_config["default"].rank_pattern]
+    # saving drops the name of the adapter, and not all processes save
+    assert all(list(pattern.values()) == list(patterns[0].values()) for pattern in patterns)
+    for name, param in trainer.model.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(results[0]["adapter"][name], param.detach(), rtol=1e-5, atol=1e-5, msg=name)
+    assert (folders[1] / f"checkpoint-{STEPS}" / "adalora_state.safetensors").exists()
