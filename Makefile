@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test quality style bench peft-tests clean
+.PHONY: demo test soak quality style bench peft-tests clean
 
 demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
 
 test: .venv/installed  ## all tests but PEFT's own
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+soak: .venv/installed  ## kill and resume a run 200 times (about 10 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
 
 quality: .venv/installed  ## lint and check the format
 	$(BIN)/ruff check .

@@ -15,7 +15,6 @@
 """AdaLoRA and AdaDoRA in the `Trainer` of transformers: allocation, logs, and checkpoints that resume exactly."""
 
 import dataclasses
-import hashlib
 import os
 import re
 import warnings
@@ -31,6 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from .checkpoint import checksum
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator, copy_whole_, whole
 from .model import AdaLoraModel
@@ -228,17 +228,9 @@ def _training_state(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.T
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    checksum = hashlib.sha256()
-    for key in sorted(tensors):
-        checksum.update(key.encode())
-        checksum.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
-    return checksum.hexdigest()
-
-
 def _write(tensors: dict[str, torch.Tensor], folder: str) -> None:
     path = os.path.join(folder, STATE_FILE)
-    save_file(tensors, f"{path}.tmp", metadata={"format": "pt", "sha256": _checksum(tensors)})
+    save_file(tensors, f"{path}.tmp", metadata={"format": "pt", "sha256": checksum(tensors)})
     os.replace(f"{path}.tmp", path)
 
 
@@ -246,10 +238,10 @@ def _read(path: str) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            checksum = (file.metadata() or {}).get("sha256")
+            expected = (file.metadata() or {}).get("sha256")
     except SafetensorError as error:
         raise ValueError(f"{path} is broken ({error}); resume from another checkpoint.") from error
-    if checksum != _checksum(tensors):
+    if checksum(tensors) != expected:
         raise ValueError(f"{path} is broken (wrong checksum); resume from another checkpoint.")
     return tensors
 

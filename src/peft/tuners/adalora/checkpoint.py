@@ -14,6 +14,7 @@
 
 """What has to be true of saved AdaDoRA weights before they may change a model."""
 
+import hashlib
 import os
 from typing import Optional
 
@@ -29,6 +30,21 @@ from .config import AdaLoraConfig
 PREFIX = "base_model.model."
 
 
+def checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    result = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        result.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        result.update(value.reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
+def adapter_checksum(weights: dict[str, torch.Tensor]) -> str:
+    """The [`checksum`] of those of saved weights that belong to AdaDoRA."""
+    return checksum({key.removeprefix(PREFIX): value for key, value in weights.items() if ".lora_" in key})
+
+
 def check_adapter_file(config: AdaLoraConfig, layers: dict[str, tuple[int, int]]) -> None:
     """
     Check the weights that were saved with a config, if it was loaded from a folder that has them.
@@ -40,7 +56,8 @@ def check_adapter_file(config: AdaLoraConfig, layers: dict[str, tuple[int, int]]
             Shapes (out, in) of the weights that the adapter will adapt, by the names of their modules.
 
     Raises:
-        `ValueError`: If the file cannot be read, or as [`check_adapter_weights`].
+        `ValueError`: If the file cannot be read or its weights are not those that were saved with the config, or as
+            [`check_adapter_weights`].
     """
     path = os.path.join(config.loaded_from or "", SAFETENSORS_WEIGHTS_NAME)
     if config.loaded_from is None or not os.path.isfile(path):
@@ -50,6 +67,11 @@ def check_adapter_file(config: AdaLoraConfig, layers: dict[str, tuple[int, int]]
     except SafetensorError as error:
         raise ValueError(f"{path!r} is broken: {error}.") from error
     check_adapter_weights(weights, layers, config, path)
+    if config.weights_sha256 not in (None, adapter_checksum(weights)):
+        raise ValueError(
+            f"The weights in {path!r} are not those that were saved with its config; the file is broken, or was edited, in "
+            "which case `weights_sha256` has to be removed from the config."
+        )
 
 
 def check_adapter_weights(

@@ -31,6 +31,9 @@ class AdaLoraConfig(stock.AdaLoraConfig):
             the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353). Pruning never
             touches the magnitudes. Supported for `nn.Linear` layers. An AdaDoRA adapter has to be the only active
             adapter, and once merged it cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
+        weights_sha256 (`str`, *optional*):
+            Checksum of the saved weights of an AdaDoRA adapter, set when it is saved and checked before it is loaded from
+            a folder. Remove it from `adapter_config.json` to load weights that were edited.
 
     Raises:
         `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.
@@ -45,6 +48,10 @@ class AdaLoraConfig(stock.AdaLoraConfig):
                 "active adapter, and once merged it cannot be unmerged."
             )
         },
+    )
+
+    weights_sha256: Optional[str] = field(
+        default=None, metadata={"help": "Checksum of the saved weights of an AdaDoRA adapter."}
     )
 
     def __post_init__(self):
@@ -64,7 +71,10 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         That of AdaDoRA says `use_dora`, too, so that a PEFT without AdaDoRA refuses to load the adapter, as do programs
         that know no DoRA, instead of using it without its magnitudes.
         """
-        return {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
+        config = {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
+        if self.weights_sha256 is None:
+            del config["weights_sha256"]
+        return config
 
     @classmethod
     def from_pretrained(

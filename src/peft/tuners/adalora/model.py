@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 
 from . import stock_model as stock
-from .checkpoint import PREFIX, check_adapter_file, check_adapter_weights
+from .checkpoint import PREFIX, adapter_checksum, check_adapter_file, check_adapter_weights
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator, SVDLinear, check_magnitude_support, is_sharded
 
@@ -190,7 +190,12 @@ class AdaLoraModel(stock.AdaLoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         if hasattr(model, "resize_state_dict_by_rank_pattern") or not config.rank_pattern:
-            return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+            saved = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+            if config.use_dora_adaptive and not any(tensor.is_meta or is_sharded(tensor) for tensor in saved.values()):
+                config.weights_sha256 = adapter_checksum(
+                    {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in saved.items()}
+                )
+            return saved
         # the adapter was injected into a model that knows nothing of ranks
         config.rank_pattern = {
             name.removesuffix(f".{adapter_name}"): kept for name, kept in config.rank_pattern.items()
