@@ -87,6 +87,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         layers = self._check_targets(model, config, kwargs.get("state_dict")) if config.use_dora_adaptive else {}
         check_adapter_file(config, layers)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.use_dora_adaptive and hasattr(model, "add_model_tags"):
+            model.add_model_tags("adadora")  # of the model card that PEFT writes
         if not config.inference_mode:
             # PEFT's __init__ does so for the first adapter alone
             self.trainable_adapter_name = adapter_name

@@ -1,0 +1,140 @@
+"""AdaDoRA with the tools around training: accelerate, mixed precision, checkpointing of activations, model cards."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from huggingface_hub import ModelCard
+from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, make_trainer
+from transformers import LlamaForCausalLM
+
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+
+TOKENS = RandomTokens()[7]["input_ids"][None]
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits.float()
+
+
+class AccelerateLoop:
+    """A loop that saves and loads its state as accelerate's guide says."""
+
+    def __init__(self, use_dora_adaptive):
+        set_seed(0)
+        self.accelerator = Accelerator(cpu=True)
+        model = get_peft_model(make_llama(), make_adalora_config(use_dora_adaptive=use_dora_adaptive))
+        optimizer = torch.optim.AdamW((param for param in model.parameters() if param.requires_grad), lr=1e-2)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.tuner = self.model.base_model
+        self.accelerator.register_for_checkpointing(self.tuner.rankallocator)
+
+    def run(self, start, stop):
+        self.model.train()
+        for step in range(start, stop):
+            tokens = torch.stack([RandomTokens()[4 * step + index]["input_ids"] for index in range(4)])
+            self.accelerator.backward(self.model(input_ids=tokens, labels=tokens).loss)
+            self.optimizer.step()
+            self.tuner.update_and_allocate(step)
+            self.optimizer.zero_grad()
+        return self
+
+
+@pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+@pytest.mark.parametrize("stop", [2, 7, 13], ids=["before", "during", "after"])
+def test_a_loop_with_accelerate_resumes_bit_by_bit(stop, use_dora_adaptive, tmp_path):
+    expected = AccelerateLoop(use_dora_adaptive).run(0, STEPS)
+    AccelerateLoop(use_dora_adaptive).run(0, stop).accelerator.save_state(tmp_path)
+
+    resumed = AccelerateLoop(use_dora_adaptive)
+    resumed.accelerator.load_state(tmp_path)
+    resumed.run(stop, STEPS)
+    for (name, param), other in zip(resumed.model.named_parameters(), expected.model.parameters()):
+        assert torch.equal(param, other), name
+    patterns = [loop.model.peft_config["default"].rank_pattern for loop in (resumed, expected)]
+    assert patterns[0] == patterns[1] is not None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
+    ids=["bf16", "checkpointing", "reentrant checkpointing"],
+)
+def test_the_trainer_learns_and_prunes(arguments, tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="no", **arguments)
+    trainer.train()
+    logs = [logs for logs in trainer.state.log_history if "loss" in logs]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert logs[-1]["adalora_pruned"] == 0.5
+
+
+def test_gradient_checkpointing_does_not_change_the_run(tmp_path):
+    models = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tmp_path, save_strategy="no", gradient_checkpointing=checkpointing)
+        trainer.train()
+        models.append(trainer.model)
+    for (name, param), other in zip(models[0].named_parameters(), models[1].parameters()):
+        assert torch.equal(param, other), name
+
+
+def test_after_prepare_model_for_kbit_training():
+    model = get_peft_model(prepare_model_for_kbit_training(make_llama()), make_adalora_config())
+    model.train()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+    assert any(grad.abs().max() > 0 for name, grad in grads.items() if "lora_magnitude" in name)
+
+
+class TestAfterTraining:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def trained(tmp_path_factory):
+        trainer = make_trainer(tmp_path_factory.mktemp("run"), save_strategy="no")
+        trainer.train()
+        return trainer.model
+
+    @pytest.fixture
+    def saved(self, trained, tmp_path):
+        trained.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    def test_the_merged_model_is_a_plain_one(self, trained, saved, tmp_path):
+        merged = PeftModel.from_pretrained(make_llama(), saved).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(tmp_path / "merged")
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+        assert plain.state_dict().keys() == make_llama().state_dict().keys()
+        assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+        ]
+        torch.testing.assert_close(logits_of(plain), logits_of(trained))
+
+    def test_loading_beside_the_adapter_that_serves(self, trained, saved):
+        served = get_peft_model(make_llama(), make_adalora_config(), adapter_name="first")
+        before = logits_of(served)
+        served.load_adapter(saved, "second")
+        assert torch.equal(logits_of(served), before)
+        served.set_adapter("second")
+        torch.testing.assert_close(logits_of(served), logits_of(trained))
+        served.set_adapter("first")
+        assert torch.equal(logits_of(served), before)
+
+    def test_torch_save_and_load_of_the_state_dict(self, trained, tmp_path):
+        torch.save(trained.state_dict(), tmp_path / "state.pt")
+        model = get_peft_model(make_llama(), make_adalora_config())
+        model.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert torch.equal(logits_of(model), logits_of(trained))
+
+    def test_the_model_card_names_the_method(self, saved):
+        card = ModelCard.load(saved / "README.md").data
+        assert card.library_name == "peft"
+        assert "adadora" in card.tags
