@@ -148,6 +148,22 @@ class TestSchedule:
         with pytest.raises(ValueError, match="needs a model with an AdaLoRA adapter to train"):
             trainer.train()
 
+    def test_training_a_pruned_adapter_on_is_refused(self, run, tmp_path):
+        model = PeftModel.from_pretrained(make_llama(), run / f"checkpoint-{STEPS}", is_trainable=True)
+        trainer = Trainer(model, make_arguments(tmp_path), train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()])
+        with pytest.raises(ValueError, match="instead of init_r=4, because the adapter was loaded pruned"):
+            trainer.train()
+
+
+def test_without_the_callback_a_warning_says_that_no_rank_is_pruned():
+    model = get_peft_model(make_llama(), make_adalora_config())
+    tokens = RandomTokens()[0]["input_ids"][None]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(250):
+            model(input_ids=tokens, labels=tokens)
+    assert len([warning for warning in caught if "no rank will be pruned" in str(warning.message)]) == 1
+
 
 class TestLogs:
     def test_what_is_logged(self, tmp_path):

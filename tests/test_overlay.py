@@ -429,3 +429,25 @@ class TestFlagOff:
             json.loads((folder / variant / "adapter_config.json").read_text()) for folder in training_folders
         )
         assert ours == {**stock, "use_dora_adaptive": False}
+
+
+def test_peft_without_adadora_refuses_an_adadora_adapter(tmp_path):
+    from torch import nn
+
+    from peft import AdaLoraConfig, get_peft_model
+
+    base = nn.Sequential(nn.Linear(3, 4))
+    config = AdaLoraConfig(total_step=10, target_modules=["0"], use_dora_adaptive=True)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    code = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if finder.__module__ != "_peft_adadora"]
+from torch import nn
+from peft import PeftModel
+PeftModel.from_pretrained(nn.Sequential(nn.Linear(3, 4)), sys.argv[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "adapter"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "ADALORA does not support DoRA" in done.stderr.splitlines()[-1]

@@ -66,7 +66,7 @@ class AdaLoraCallback(TrainerCallback):
 
     Raises:
         `ValueError`: When training starts, if the model has no AdaLoRA adapter to train, if the schedule does not fit the
-            number of steps, or if the checkpoint's `adalora_state.safetensors` is broken.
+            number of steps, if the adapter was loaded pruned, or if the checkpoint's `adalora_state.safetensors` is broken.
 
     Example:
 
@@ -95,6 +95,7 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         self._tuner = _tuner_of(model)
         self._saved_step = None
+        _check_ranks(self._tuner)
         _set_total_step(self._tuner, state.max_steps)
         if state.global_step > 0:
             folders = [os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")]
@@ -136,8 +137,8 @@ class AdaLoraCallback(TrainerCallback):
             self._lock = None
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
-        if args.save_only_model or self._saved_step == state.global_step:
-            return
+        if args.save_only_model or state.is_hyper_param_search or self._saved_step == state.global_step:
+            return  # nothing resumes from it
         self._saved_step = state.global_step
         tensors = _training_state(self._tuner)  # on all processes, of which each may hold a part
         if args.should_save:
@@ -188,6 +189,17 @@ def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
             if isinstance(config, AdaLoraConfig) and not config.inference_mode:
                 return _InjectedAdaLora(module, configs, name, RankAllocator(module, config, name))
     raise ValueError("AdaLoraCallback needs a model with an AdaLoRA adapter to train, but this model has none.")
+
+
+def _check_ranks(tuner: AdaLoraModel | _InjectedAdaLora) -> None:
+    config = tuner.rankallocator.peft_config
+    for name, param in _adapter_params(tuner).items():
+        if ".lora_E." in name and len(param) != config.init_r:
+            raise ValueError(
+                f"{name!r} has rank {len(param)} instead of init_r={config.init_r}, because the adapter was loaded pruned. "
+                "What further training would save could not be loaded; resume from a checkpoint of the Trainer, or merge "
+                "the adapter and train a new one."
+            )
 
 
 def _set_total_step(tuner: AdaLoraModel | _InjectedAdaLora, total_step: int) -> None:
