@@ -285,3 +285,19 @@ def test_what_cannot_be_run_is_refused(bench, arguments, message, monkeypatch, c
     with pytest.raises(SystemExit):
         bench.run.parse_arguments(arguments)
     assert message in capsys.readouterr().err
+
+
+class TestMedian:
+    def test_the_median_of_runs(self, bench):
+        def run(ratio, count):
+            row = {"case": "a", "ratio": {"median": ratio, "quartiles": [0, 9], "rounds": [ratio]}, "count": count}
+            return {"tables": {"layer": {"title": "Layer", "note": "Ratios.", "rows": [row]}}}
+
+        (table,) = bench.median.medians([run(1.5, 2.0), run(1.1, 4.0), run(1.2, 3.0)])
+        assert table.rows == [{"case": "a", "ratio": 1.2, "count": 3.0}]
+        assert table.note == "Median of 3 runs. Ratios."
+
+    def test_runs_of_different_cases_are_refused(self, bench):
+        runs = [{"tables": {"layer": {"title": "", "note": "", "rows": [{"case": case}]}}} for case in "ab"]
+        with pytest.raises(SystemExit, match="do not go together"):
+            bench.median.medians(runs)

@@ -13,9 +13,17 @@ from trainer_run import STEPS, make_llama
 from peft import PeftModel
 
 
-def launch(mode: str, folder: Path) -> list[dict]:
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    # what `--multi_gpu` asks for is several processes on a machine, here on its CPU
+    "accelerate launch": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2"
+    " --mixed_precision no --dynamo_backend no",
+}
+
+
+def launch(mode: str, folder: Path, launcher: str = "torchrun") -> list[dict]:
     """What the two processes report."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split()]
     script = Path(__file__).with_name("distributed_run.py")
     process = subprocess.run(
         [*command, script, mode, folder],
@@ -105,11 +113,12 @@ class TestSharded:
         torch.testing.assert_close(results[0]["logits_of_changed"], expected, **tolerance)
 
 
-def test_the_trainer_gives_the_same_on_two_processes(tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_trainer_gives_the_same_on_two_processes(launcher, tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     for path in folders:
         path.mkdir()
-    results = launch("trainer", folders[1])
+    results = launch("trainer", folders[1], launcher)
     trainer = make_trainer_without_dropout(folders[0])
     trainer.train()
     patterns = [result["rank_pattern"] for result in results] + [trainer.model.peft_config["default"].rank_pattern]

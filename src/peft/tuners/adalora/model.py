@@ -50,7 +50,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         if not hasattr(self, "trainable_adapter_name"):
             # AdaLoRA's forward adds the regularization of the adapter in training to the loss; here none is in training
             return self.model.forward(*args, **kwargs)
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._forwards_until_warning -= 1
             has_allocated = self.rankallocator.exp_avg_ipt or self.rankallocator.peft_config.rank_pattern
             if self._forwards_until_warning == 0 and not has_allocated:
