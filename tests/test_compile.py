@@ -7,6 +7,9 @@ import torch
 from helpers import make_layer, make_peft_mlp, svd_layers, train_by_hand
 from reference import relative_error
 from torch._dynamo.testing import CompileCounter
+from trainer_run import RandomTokens, make_adalora_config, make_llama
+
+from peft import get_peft_model
 
 
 X = torch.randn(13, 10, generator=torch.Generator().manual_seed(7))
@@ -59,3 +62,14 @@ def test_the_default_backend_gives_the_same_numbers(bias):
     assert relative_error(output, expected) < 1e-5
     for name in ("lora_A", "lora_E", "lora_B", "lora_magnitude"):
         assert relative_error(getattr(layer, name)["default"].grad, getattr(twin, name)["default"].grad) < 1e-5
+
+
+def test_training_a_model_with_a_loss_does_not_compile_again_at_each_step():
+    model = get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0))
+    compiled = torch.compile(model, backend="eager")
+    tokens = RandomTokens()[3]["input_ids"][None]
+    for _ in range(2):  # the gradients of the first step are `None` before it
+        compiled(input_ids=tokens, labels=tokens).loss.backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            compiled(input_ids=tokens, labels=tokens).loss.backward()
