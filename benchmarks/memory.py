@@ -75,7 +75,10 @@ def memory_rows(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
 
 def layer_cases(settings: Settings) -> list[LayerCase]:
     shapes = settings.pick(LAYER_SHAPES, [(768, 768, 512)])
-    return [LayerCase(*shape, dtype=dtype) for dtype in (torch.float32, torch.bfloat16) for shape in shapes]
+    bfloat16_shapes = shapes if settings.on_cuda else shapes[:1]  # a CPU may take 50 times as long as in float32
+    return [LayerCase(*shape) for shape in shapes] + [
+        LayerCase(*shape, dtype=torch.bfloat16) for shape in bfloat16_shapes
+    ]
 
 
 def block_cases(settings: Settings) -> list[LlamaCase]:
