@@ -32,8 +32,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from .checkpoint import checksum
 from .config import AdaLoraConfig
-from .layer import AdaLoraLayer, RankAllocator, copy_whole_, whole
+from .layer import AdaLoraLayer, RankAllocator
 from .model import AdaLoraModel
+from .sharding import copy_whole_, whole
 
 
 try:

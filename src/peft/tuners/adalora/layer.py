@@ -13,7 +13,7 @@
 # limitations under the License.
 
 import copy
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -32,7 +32,9 @@ from .adadora import (
     squared_adapted_row_norm,
     squared_row_norm,
 )
+from .allocator import RankAllocatorMixin
 from .config import AdaLoraConfig
+from .sharding import copy_whole_, is_sharded, whole
 
 
 def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: bool = False) -> None:
@@ -375,162 +377,5 @@ class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):
     """PEFT's convolution with an AdaLoRA adapter. It cannot be an AdaDoRA adapter."""
 
 
-class RankAllocator(stock.RankAllocator):
-    """
-    PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes.
-
-    Where the parameters are sharded (DTensor), the importance is that of the whole ones, the same on every process.
-    """
-
-    def reset_ipt(self) -> None:
-        super().reset_ipt()
-        self._flat_scores = {}
-
-    @torch.no_grad()
-    def update_ipt(self, model: nn.Module) -> None:
-        """
-        Update the sensitivity and the uncertainty of every entry of A, E and B. The scores are PEFT's, bit for bit, but
-        all parameters of a device and dtype are updated at once. A parameter without a gradient counts as one of gradient
-        zero.
-        """
-        groups = {}
-        for name, param in model.named_parameters():
-            if "lora_" in name and self.adapter_name in name and "lora_magnitude" not in name:
-                groups.setdefault((param.device, param.dtype, is_sharded(param)), {})[name] = param
-        for group, params in groups.items():
-            ipt, exp_avg_ipt, exp_avg_unc = self._scores_of(group, params)
-            if group[-1]:
-                products = [param * self._gradient(param) for param in params.values()]
-                torch.cat([product.full_tensor().reshape(-1) for product in products], out=ipt).abs_()
-                change = torch.empty_like(ipt)
-            else:
-                change = torch.cat([self._gradient(param).reshape(-1) for param in params.values()])
-                torch.cat([param.reshape(-1) for param in params.values()], out=ipt).mul_(change).abs_()
-            # each product and each sum is rounded by itself, as in PEFT: `add` with `alpha` would fuse the two
-            torch.mul(ipt, 1 - self.beta1, out=change)
-            exp_avg_ipt.mul_(self.beta1).add_(change)
-            torch.sub(ipt, exp_avg_ipt, out=change).abs_().mul_(1 - self.beta2)
-            exp_avg_unc.mul_(self.beta2).add_(change)
-
-    def _scores_of(self, group: Hashable, params: dict[str, nn.Parameter]) -> list[torch.Tensor]:
-        """The three scores of some parameters, each as one flat tensor of which PEFT's dicts hold views."""
-        flat_scores, views = self._flat_scores.get(group, ([], {}))
-        scores = (self.ipt, self.exp_avg_ipt, self.exp_avg_unc)
-        current = [score.get(name) for score in scores for name in params]
-        if len(current) != len(views) or any(id(score) not in views for score in current):
-            flat_scores, views = [], {}
-            shapes = {name: param.shape for name, param in params.items()}
-            for score in scores:
-                old = [score.get(name, torch.zeros(shape)) for name, shape in shapes.items()]
-                flat_scores.append(torch.cat([tensor.reshape(-1).to(*group[:2]) for tensor in old]))
-                pieces = flat_scores[-1].split([shape.numel() for shape in shapes.values()])
-                score.update({name: piece.view(shapes[name]) for name, piece in zip(params, pieces)})
-                views.update({id(score[name]): score[name] for name in params})
-            self._flat_scores[group] = flat_scores, views
-        return flat_scores
-
-    @staticmethod
-    def _gradient(param: nn.Parameter) -> torch.Tensor:
-        if stock.deepspeed_config() is not None:
-            import deepspeed
-
-            return deepspeed.utils.safe_get_full_grad(param)
-        return torch.zeros_like(param) if param.grad is None else param.grad
-
-    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
-        if not any(is_sharded(param) for param in model.parameters()):
-            return super().mask_to_budget(model, budget)
-        rank_pattern = super().mask_to_budget(_WholeParameters(model), budget)
-        self.mask_using_rank_pattern(model, rank_pattern)
-        return rank_pattern
-
-    @torch.no_grad()
-    def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:
-        sharded = {name: param for name, param in model.named_parameters() if is_sharded(param)}
-        if not sharded:
-            super().mask_using_rank_pattern(model, rank_pattern)
-            return
-        for name, kept in self._full_names(rank_pattern).items():
-            pruned = ~torch.as_tensor(kept, device=sharded[name].device).view(-1, 1)
-            copy_whole_(sharded[name], whole(sharded[name]).masked_fill(pruned, 0.0))
-
-    def _full_names(self, rank_pattern: dict[str, Any]) -> dict[str, Any]:
-        """The rank pattern by the names of `lora_E` in the model; saving an adapter drops its name from them."""
-        suffix = f".{self.adapter_name}"
-        return {name if name.endswith(suffix) else name + suffix: mask for name, mask in rank_pattern.items()}
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """
-        What allocation goes on from: copies of the averages of the importance, by `exp_avg_ipt.<name>` and
-        `exp_avg_unc.<name>` for each A, E and B, and which triplets are kept, by `rank_pattern.<name>` for each E, bool of
-        shape (r,). The names are those of the parameters in the model.
-
-        With it the allocator can be registered with accelerate, `accelerator.register_for_checkpointing(allocator)`.
-        """
-        state = {}
-        for kind in ("exp_avg_ipt", "exp_avg_unc"):
-            state.update({f"{kind}.{name}": score.clone() for name, score in getattr(self, kind).items()})
-        for name, mask in self._full_names(self.peft_config.rank_pattern or {}).items():
-            state[f"rank_pattern.{name}"] = torch.as_tensor(mask).view(-1).clone()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """
-        Go on from where the allocator that gave `state_dict` was.
-
-        Raises:
-            `ValueError`: If it is the state of another adapter or model; nothing has changed then.
-        """
-        parts = {kind: {} for kind in ("exp_avg_ipt", "exp_avg_unc", "rank_pattern")}
-        known = {name % part for name in self.name_set for part in ("lora_A", "lora_E", "lora_B")}
-        for key, value in state_dict.items():
-            kind, _, name = key.partition(".")
-            if kind not in parts or name not in known:
-                raise ValueError(f"{key!r} does not belong to the adapter {self.adapter_name!r} of this model.")
-            parts[kind][name] = value
-        # all or nothing
-        for kind, names in (
-            ("exp_avg_ipt", known),
-            ("exp_avg_unc", known),
-            ("rank_pattern", {name % "lora_E" for name in self.name_set}),
-        ):
-            if parts[kind] and parts[kind].keys() != names:
-                raise ValueError(f"{kind}.{min(names - parts[kind].keys())} is missing from the allocator's state.")
-        self.reset_ipt()
-        self.exp_avg_ipt.update({name: score.clone() for name, score in parts["exp_avg_ipt"].items()})
-        self.exp_avg_unc.update({name: score.clone() for name, score in parts["exp_avg_unc"].items()})
-        masks = {name: mask.tolist() for name, mask in parts["rank_pattern"].items()}
-        self.peft_config.rank_pattern = masks or None
-
-
-class _WholeParameters:
-    """Stands in for a model with sharded parameters: gives copies of the whole ones, all that allocation needs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, param in self._model.named_parameters():
-            if ".lora_" in name:
-                yield name, whole(param).clone()
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this is a DTensor, of which each process may hold but a part (FSDP2)."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded. Every process has to call this."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
-
-
-@torch.no_grad()
-def copy_whole_(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy `values`, the same on every process, into a tensor that may be sharded."""
-    if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        values = values.to(tensor.device, tensor.dtype)
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(values)
+class RankAllocator(RankAllocatorMixin, stock.RankAllocator):
+    """PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes."""

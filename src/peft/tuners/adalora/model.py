@@ -26,7 +26,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from . import stock_model as stock
 from .checkpoint import PREFIX, adapter_checksum, check_adapter_file, check_adapter_weights
 from .config import AdaLoraConfig
-from .layer import AdaLoraLayer, RankAllocator, SVDLinear, check_magnitude_support, is_sharded
+from .layer import AdaLoraLayer, RankAllocator, SVDLinear, check_magnitude_support
+from .sharding import is_sharded
 
 
 class AdaLoraModel(stock.AdaLoraModel):
