@@ -1,7 +1,10 @@
 """What the tests share: small layers and models with AdaDoRA adapters."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora import SVDLinear
@@ -109,3 +112,10 @@ def parameter_bytes(model: nn.Module) -> dict[str, bytes]:
         for name, tensor in model.state_dict().items()
         if not tensor.is_meta
     }
+
+
+def allocations(step: Callable[[], None]) -> list[int]:
+    """Sizes in bytes of all tensors and scratch space allocated during a step (freed ones count as negative)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    return [event.nbytes() for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]

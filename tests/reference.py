@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class Reference:
-    """A linear layer with an AdaDoRA adapter, all tensors float64 leaves that require gradients where ours do.
+    """A layer with an AdaDoRA adapter, all tensors float64 leaves that require gradients where ours do.
 
     W (out, in), A (r, in), E (r, 1), B (out, r), m (out, 1), bias (out,), c a float.
     """
@@ -22,13 +22,15 @@ class Reference:
     c: float
 
     @classmethod
-    def of(cls, layer, adapter_name: str = "default") -> "Reference":
+    def of(cls, layer, adapter_name: str = "default", weight: Optional[torch.Tensor] = None) -> "Reference":
+        """That of a layer, whose weight is given unless it is stored as (out, in)."""
+
         def leaf(tensor):
             return tensor.detach().double().clone().requires_grad_()
 
         base = layer.get_base_layer()
         return cls(
-            weight=base.weight.detach().double().clone(),
+            weight=(base.weight if weight is None else weight).detach().double().clone(),
             bias=None if base.bias is None else base.bias.detach().double().clone(),
             lora_A=leaf(layer.lora_A[adapter_name]),
             lora_E=leaf(layer.lora_E[adapter_name]),

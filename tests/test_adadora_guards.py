@@ -5,7 +5,6 @@ import torch
 from helpers import TARGETS, make_config, make_layer, make_mlp, make_peft_mlp, parameter_bytes, svd_layers, train
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import SVDConv2d, SVDLinear
@@ -182,7 +181,7 @@ class Mixture(nn.Module):
 
 class TestTargets:
     @pytest.mark.parametrize(
-        "module", [nn.Conv2d(3, 4, 3), Conv1D(4, 10), nn.Embedding(5, 6), nn.Conv1d(3, 4, 3), nn.LayerNorm(4)]
+        "module", [nn.Conv3d(3, 4, 3), nn.Bilinear(4, 10, 3), nn.Embedding(5, 6), nn.Conv1d(3, 4, 3), nn.LayerNorm(4)]
     )
     def test_an_unsupported_module_is_refused_with_its_path_and_type_before_the_model_is_touched(self, module):
         model = Mixture(module)
@@ -198,26 +197,27 @@ class TestTargets:
             get_peft_model(Mixture(module), make_config(target_modules=["unsupported"]))
 
     def test_an_unsupported_module_of_a_further_adapter_is_refused_before_the_model_is_touched(self):
-        model = get_peft_model(Mixture(nn.Conv2d(3, 4, 3)), make_config(target_modules=["linear"]))
+        model = get_peft_model(Mixture(nn.Conv1d(3, 4, 3)), make_config(target_modules=["linear"]))
         before = state(model)
         config = make_config(target_modules=["linear", "unsupported"], inference_mode=True)
-        with pytest.raises(NotImplementedError, match="'block.unsupported'.*Conv2d"):
+        with pytest.raises(NotImplementedError, match="'block.unsupported'.*Conv1d"):
             model.add_adapter("second", config)
         assert state(model) == before
         assert list(model.peft_config) == ["default"]
 
     def test_an_unsupported_module_can_still_have_a_plain_adapter(self):
+        projection = nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)
         config = make_config(target_modules=["linear", "unsupported"], use_dora_adaptive=False)
-        model = get_peft_model(Mixture(nn.Conv2d(3, 4, 3)), config)
-        assert isinstance(model.base_model.model.block["unsupported"], SVDConv2d)
+        model = get_peft_model(Mixture(projection), config)
+        assert isinstance(model.base_model.model.block["unsupported"], SVDLinear)
 
     def test_an_unsupported_module_outside_of_the_targets_is_no_obstacle(self):
         model = get_peft_model(Mixture(nn.Conv2d(3, 4, 3)), make_config(target_modules=["linear"]))
         assert list(svd_layers(model)) == ["base_model.model.linear"]
 
-    def test_a_convolution_constructed_directly_is_refused(self):
-        with pytest.raises(NotImplementedError, match="Conv2d"):
-            SVDConv2d(nn.Conv2d(3, 4, 3), "default", make_config(), r=2)
+    def test_an_unsupported_module_given_to_a_layer_directly_is_refused(self):
+        with pytest.raises(NotImplementedError, match="Conv3d"):
+            SVDConv2d(nn.Conv3d(3, 4, 3), "default", make_config(), r=2)
 
     def test_fan_in_fan_out_on_a_linear_layer_is_refused(self):
         base = nn.Linear(5, 8)

@@ -1,15 +1,12 @@
 """AdaDoRA's layer against an independent float64 reference."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from helpers import make_config, make_layer
+from helpers import allocations, make_config, make_layer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import Reference, relative_error
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from peft.tuners.adalora import SVDLinear
 
@@ -279,13 +276,6 @@ def test_no_weight_sized_temporary_is_allocated_in_a_training_step(dtype, bias, 
     layer(x).sum().backward()  # the gradient buffers of the parameters exist from here on
     allocated = allocations(lambda: layer(x).sum().backward())
     assert 0 < max(allocated) <= limit
-
-
-def allocations(step: Callable[[], None]) -> list[int]:
-    """Sizes in bytes of all tensors and scratch space allocated during a step (freed ones count as negative)."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step()
-    return [event.nbytes() for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
 
 
 def test_the_allocation_recorder_sees_a_weight_sized_temporary():

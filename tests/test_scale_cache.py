@@ -179,7 +179,7 @@ def test_loading_an_adapter_into_a_warm_model(tmp_path):
 
 def count_norms(monkeypatch) -> list:
     """Record each time that a layer computes the norm of its adapted weight."""
-    import peft.tuners.adalora.layer as layer_module
+    import peft.tuners.adalora.adadora_layer as layer_module
 
     calls = []
     compute = layer_module.squared_adapted_row_norm

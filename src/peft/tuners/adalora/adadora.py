@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ class Memo:
     place, or may have been by an optimizer (fused ones write without the tensor counting it).
 
     A write through `.data` shows in none of these, so whoever makes one has to call `clear`. Tensors that do not count
-    their in-place writes (those made in inference mode, or of a subclass, such as DTensor) are never relied on. Copying
+    their in-place writes (those made in inference mode, or that wrap others, such as DTensor) are never relied on. Copying
     and pickling give an empty memo.
     """
 
@@ -85,7 +85,7 @@ class Memo:
             return compute()
         # the id of a tensor can be that of another one that is gone
         if key != self._key or any(reference() is None for reference in self._references):
-            if any(type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in tensors):
+            if any(type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for tensor in tensors):
                 return compute()
             self._value = compute()
             self._key = key
@@ -99,7 +99,17 @@ class Memo:
         return Memo, ()
 
 
-def row_blocks(weight: torch.Tensor) -> Iterator[slice]:
+class Rows(Protocol):
+    """A weight of shape (out, in) that can be had only block by block, such as a quantized one."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def __getitem__(self, rows: slice) -> torch.Tensor: ...
+
+
+def row_blocks(weight: torch.Tensor | Rows) -> Iterator[slice]:
     """Slices that cut the rows of `weight` (out, in) into at least eight blocks of at most `BLOCK_ELEMENTS` elements."""
     out_features, in_features = weight.shape
     rows = max(1, min(BLOCK_ELEMENTS // max(1, in_features), -(-out_features // 8)))
@@ -119,18 +129,23 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def _is_tensor_of(weight: torch.Tensor | Rows, dtype: torch.dtype) -> bool:
+    """Whether the weight can be used as it is, all at once."""
+    return isinstance(weight, torch.Tensor) and weight.dtype == dtype
+
+
 @torch.no_grad()
-def squared_row_norm(weight: torch.Tensor) -> torch.Tensor:
+def squared_row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
     """Squared L2 norm of each row.
 
     Args:
-        weight (`torch.Tensor`): Weight W of shape (out, in), of any floating point dtype.
+        weight (`torch.Tensor` or [`Rows`]): Weight W of shape (out, in), of any floating point dtype.
 
     Returns:
         `torch.Tensor`: ‖W‖² of shape (out, 1), float32 (float64 for a float64 weight).
     """
     dtype = norm_dtype(weight.dtype)
-    if weight.dtype == dtype:
+    if _is_tensor_of(weight, dtype):
         return torch.linalg.vector_norm(weight, dim=1, keepdim=True).square()
     norms = [torch.linalg.vector_norm(weight[rows].to(dtype), dim=1, keepdim=True) for rows in row_blocks(weight)]
     return torch.cat(norms).square()
@@ -138,7 +153,7 @@ def squared_row_norm(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def squared_adapted_row_norm(
-    weight: torch.Tensor,
+    weight: torch.Tensor | Rows,
     lora_A: torch.Tensor,
     scaled_E: torch.Tensor,
     lora_B: torch.Tensor,
@@ -155,7 +170,7 @@ def squared_adapted_row_norm(
     gradient graph, following section 4.3 of the DoRA paper.
 
     Args:
-        weight (`torch.Tensor`): Weight W of shape (out, in).
+        weight (`torch.Tensor` or [`Rows`]): Weight W of shape (out, in).
         lora_A (`torch.Tensor`): Right singular vectors A of shape (r, in).
         scaled_E (`torch.Tensor`): Singular values times scaling, c · E of shape (r, 1).
         lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
@@ -170,7 +185,7 @@ def squared_adapted_row_norm(
         left = lora_B.to(dtype)
         rank = len(right)
         padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
-        if weight.dtype == dtype:
+        if _is_tensor_of(weight, dtype):
             cross = (weight @ padded.T)[:, :rank]
         else:
             cross = torch.cat([weight[rows].to(dtype) @ padded.T for rows in row_blocks(weight)])[:, :rank]
@@ -335,7 +350,7 @@ class _AddUpdateAndScale(torch.autograd.Function):
 
 @torch.no_grad()
 def merge_rows(
-    weight: torch.Tensor,
+    weight: torch.Tensor | Rows,
     lora_A: torch.Tensor,
     scaled_E: torch.Tensor,
     lora_B: torch.Tensor,
@@ -344,7 +359,7 @@ def merge_rows(
     """The merged weight (m / n) ⊙ (W + ΔW), a block of rows at a time.
 
     Args:
-        weight (`torch.Tensor`): Weight W of shape (out, in).
+        weight (`torch.Tensor` or [`Rows`]): Weight W of shape (out, in).
         lora_A (`torch.Tensor`): Right singular vectors A of shape (r, in).
         scaled_E (`torch.Tensor`): Singular values times scaling, c · E of shape (r, 1).
         lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).

@@ -13,65 +13,17 @@
 # limitations under the License.
 
 import copy
-from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Optional
 
-import torch
 from torch import nn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import gather_params_ctx
 
 from . import stock_layer as stock
-from .adadora import (
-    Memo,
-    add_update_and_scale,
-    add_update_and_scale_,
-    magnitude_scale,
-    merge_rows,
-    squared_adapted_row_norm,
-    squared_row_norm,
-)
+from .adadora_layer import AdaDoraConv2dMixin, AdaDoraMixin
 from .allocator import RankAllocatorMixin
+from .base_weight import check_magnitude_support
 from .config import AdaLoraConfig
-from .sharding import copy_whole_, is_sharded, whole
-
-
-def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: bool = False) -> None:
-    """
-    Check that the lengths of the rows of a module's weight can be learned.
-
-    Args:
-        module (`nn.Module`):
-            The module to adapt.
-        name (`str`, *optional*):
-            The path of the module, for the error message.
-        fan_in_fan_out (`bool`, *optional*):
-            Whether the weight is said to be stored as (in, out).
-
-    Raises:
-        `NotImplementedError`:
-            If the module is not an `nn.Linear`, if its weight is quantized, or if its weight is said to be transposed.
-    """
-    where = f"module {name!r}" if name else "the given module"
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    weight = getattr(module, "weight", None)
-    is_quantized = any(type(part).__module__.startswith(("bitsandbytes.", "torchao.")) for part in (module, weight))
-    if (
-        not isinstance(module, nn.Linear)
-        or is_quantized
-        or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    ):
-        dtype = f" with a weight of dtype {weight.dtype}" if isinstance(weight, torch.Tensor) else ""
-        raise NotImplementedError(
-            f"`use_dora_adaptive=True` supports nn.Linear layers that are not quantized, but {where} is a {kind}{dtype}; "
-            "leave it out of `target_modules`."
-        )
-    if fan_in_fan_out:
-        raise NotImplementedError(
-            f"`fan_in_fan_out=True` does not fit {where}, a {kind}, whose weight is not stored transposed; set it to "
-            "False."
-        )
 
 
 class AdaLoraLayer(stock.AdaLoraLayer):
@@ -88,106 +40,12 @@ class AdaLoraLayer(stock.AdaLoraLayer):
         if not hasattr(self, "lora_magnitude"):
             # the constructors of PEFT's layers call the __init__ of PEFT's AdaLoraLayer, but all of them come here
             self.lora_magnitude = nn.ParameterDict({})
-            self._base_norm_memo = Memo()
-            self._eval_memo = Memo()
-        self.clear_memos()
         if config.use_dora_adaptive:
             check_magnitude_support(self.get_base_layer())
-
-        learned = self.lora_magnitude.pop(adapter_name) if adapter_name in self.lora_magnitude else None
-        try:
-            super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        finally:
-            if learned is not None:
-                self.lora_magnitude[adapter_name] = learned
-        if config.use_dora_adaptive and learned is None:
-            lora_E = self.lora_E[adapter_name]
-            magnitude = torch.empty(self.out_features, 1, device=lora_E.device, dtype=lora_E.dtype)
-            self.lora_magnitude[adapter_name] = nn.Parameter(magnitude, requires_grad=lora_E.requires_grad)
-            self.reset_magnitude(adapter_name)
-
-    def clear_memos(self) -> None:
-        """Forget what was computed from the weights. Only needed after a write of your own through `.data`."""
-        self._base_norm_memo.clear()
-        self._eval_memo.clear()
-
-    def reset_lora_parameters(self, adapter_name: str) -> None:
-        super().reset_lora_parameters(adapter_name)
-        if adapter_name in self.lora_magnitude:
-            self.reset_magnitude(adapter_name)
-
-    @torch.no_grad()
-    def reset_magnitude(self, adapter_name: str) -> None:
-        """Set the magnitude of an adapter to the row norm of the base weight. Does nothing on the meta device."""
-        magnitude = self.lora_magnitude[adapter_name]
-        if not magnitude.is_meta:
-            copy_whole_(magnitude, self._base_row_norm())
-
-    @torch.no_grad()
-    def restore_magnitude_precision(self, adapter_name: str) -> None:
-        """Give a fresh magnitude that was rounded to a low precision weight's dtype the precision of its own dtype.
-
-        PEFT creates adapter weights in the dtype of the base weight and upcasts them afterwards. A magnitude that
-        differs from what the row norm of the base weight is rounded to has been trained, and is left alone.
-        """
-        magnitude = self.lora_magnitude[adapter_name]
-        dtype = self.get_base_layer().weight.dtype
-        if magnitude.is_meta or magnitude.dtype == dtype:
-            return
-        norm = self._base_row_norm()
-        if torch.equal(norm.to(dtype).to(magnitude.dtype), magnitude):
-            magnitude.copy_(norm)
-
-    @torch.no_grad()
-    def magnitude_drift(self, adapter_name: str) -> torch.Tensor:
-        """By how much of its initial value each magnitude has changed, of shape (rows whose base weight is not zero,)."""
-        norm = self._base_row_norm()
-        change = (whole(self.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm
-        return change[norm > 0]
-
-    def _base_row_norm(self) -> torch.Tensor:
-        weight = self.get_base_layer().weight
-        with gather_params_ctx(weight):
-            for adapter_name in self.merged_adapters:
-                if adapter_name not in self.lora_magnitude:
-                    weight = weight - self.get_delta_weight(adapter_name)
-            return squared_row_norm(whole(weight)).sqrt()
-
-    @torch.no_grad()
-    def keep_ranks(self, adapter_name: str, kept: torch.Tensor) -> None:
-        """
-        Drop all singular triplets of an adapter but some. Scaling, dtype, device and `requires_grad` stay as they are.
-
-        Args:
-            adapter_name (`str`):
-                The adapter.
-            kept (`torch.Tensor`):
-                Indices of the triplets to keep, int64.
-        """
-        for params, dim in ((self.lora_A, 0), (self.lora_E, 0), (self.lora_B, 1)):
-            param = params[adapter_name]
-            values = param.index_select(dim, kept.to(param.device))
-            params[adapter_name] = nn.Parameter(values, requires_grad=param.requires_grad)
-        self.r[adapter_name] = len(kept)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        if not isinstance(adapter_names, str):
-            self.check_only_adapter(adapter_names)
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-
-    def check_only_adapter(self, adapter_names: list[str]) -> None:
-        """Raise a `NotImplementedError` if an AdaDoRA adapter is to be used together with another one."""
-        if len(adapter_names) < 2:
-            return
-        for adapter_name in adapter_names:
-            if adapter_name in self.lora_magnitude:
-                raise NotImplementedError(
-                    f"The AdaDoRA adapter {adapter_name!r} cannot be used together with another one but got "
-                    f"{list(adapter_names)}; choose one of them."
-                )
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
 
-class SVDLinear(AdaLoraLayer, stock.SVDLinear):
+class SVDLinear(AdaDoraMixin, AdaLoraLayer, stock.SVDLinear):
     """
     PEFT's linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter.
 
@@ -228,153 +86,9 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             check_magnitude_support(innermost, fan_in_fan_out=config.fan_in_fan_out)
         stock.SVDLinear.__init__(self, base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
 
-    def update_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A, c · E and B of the update ΔW = B (c · E ⊙ A), c · E in float32 at least."""
-        ranknum = self.ranknum[adapter_name]
-        if ranknum.dtype.itemsize < 4:
-            ranknum = ranknum.float()
-        scaled_E = self.lora_E[adapter_name] * (self.scaling[adapter_name] / (ranknum + 1e-5))
-        return self.lora_A[adapter_name], scaled_E, self.lora_B[adapter_name]
 
-    def adadora_adapter(self, adapter_names: list[str]) -> Optional[str]:
-        """
-        The adapter among `adapter_names` that is AdaDoRA, or `None` if there is none in this layer.
-
-        Raises:
-            `NotImplementedError`: If there is one and it is not the only adapter of this layer among them.
-        """
-        names = [name for name in adapter_names if name in self.lora_A]
-        self.check_only_adapter(names)
-        return names[0] if names and names[0] in self.lora_magnitude else None
-
-    def adapter_to_merge(self, adapter_names: Optional[list[str]]) -> Optional[str]:
-        """The AdaDoRA adapter that `merge` would merge, or `None` if there is none. Raises as `merge` does."""
-        if adapter_names is None:
-            adapter_names = self.active_adapters
-        if isinstance(adapter_names, str):
-            return None
-        adapter_name = self.adadora_adapter(list(dict.fromkeys([*self.merged_adapters, *adapter_names])))
-        return None if adapter_name in self.merged_adapters else adapter_name
-
-    def _merged_rows(self, adapter_name: str) -> Iterator[tuple[slice, torch.Tensor]]:
-        weight, magnitude = self.get_base_layer().weight, self.lora_magnitude[adapter_name]
-        return merge_rows(*(whole(part) for part in (weight, *self.update_factors(adapter_name), magnitude)))
-
-    def check_merge_is_finite(self, adapter_name: str) -> None:
-        """Raise a `ValueError` if the merged weight of an AdaDoRA adapter has a value that is not finite."""
-        for _, values in self._merged_rows(adapter_name):
-            if not torch.isfinite(values).all():
-                raise ValueError(
-                    f"The merged weight of adapter {adapter_name!r} is not finite, so the adapter seems to be broken; "
-                    "nothing was merged."
-                )
-
-    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """
-        Merge the active adapter weights into the base weights. An AdaDoRA adapter cannot be unmerged afterwards.
-
-        Args:
-            safe_merge (`bool`, *optional*):
-                Whether to check that the merged weight is finite before the base weight is changed.
-            adapter_names (`list[str]`, *optional*):
-                The names of the adapters to merge. If `None`, all active adapters are merged.
-
-        Raises:
-            `NotImplementedError`: If an AdaDoRA adapter would be merged together with another adapter.
-            `ValueError`: If `safe_merge=True` and the merged weight is not finite.
-        """
-        adapter_name = self.adapter_to_merge(adapter_names)
-        self.clear_memos()
-        if adapter_name is None:
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            return
-        if safe_merge:
-            self.check_merge_is_finite(adapter_name)
-        weight = self.get_base_layer().weight
-        with torch.no_grad():
-            if is_sharded(weight):
-                copy_whole_(weight, torch.cat([values for _, values in self._merged_rows(adapter_name)]))
-            else:
-                for rows, values in self._merged_rows(adapter_name):
-                    weight[rows] = values
-        self.merged_adapters.append(adapter_name)
-
-    def unmerge(self) -> None:
-        """
-        Unmerge all merged adapters from the base weights.
-
-        Raises:
-            `NotImplementedError`: If an AdaDoRA adapter is merged.
-        """
-        self.check_unmerge()
-        self.clear_memos()
-        super().unmerge()
-
-    def check_unmerge(self) -> None:
-        """Raise a `NotImplementedError` if an AdaDoRA adapter is merged."""
-        for adapter_name in self.merged_adapters:
-            if adapter_name in self.lora_magnitude:
-                raise NotImplementedError(
-                    f"The AdaDoRA adapter {adapter_name!r} cannot be unmerged, because rescaled and rounded rows do not "
-                    "give the base weight back; reload the base model."
-                )
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter_name = None if self.disable_adapters or self.merged else self.adadora_adapter(self.active_adapters)
-        if adapter_name is None:
-            return super().forward(x, *args, **kwargs)
-
-        params = [part[adapter_name] for part in (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude)]
-        lora_A, _, lora_B, magnitude = params
-        base_layer = self.get_base_layer()
-        output = self.base_layer(x, *args, **kwargs)
-        x = self.lora_dropout[adapter_name](self._cast_input_dtype(x, lora_A.dtype))
-
-        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (output, x, *params))
-        projected = nn.functional.linear(x, lora_A)
-        if needs_grad or torch.compiler.is_compiling():
-            _, scaled_E, _ = self.update_factors(adapter_name)
-            projected = (projected * scaled_E.T).to(projected.dtype)
-            squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)
-            return add_update_and_scale(output, projected, lora_B, magnitude, squared_norm, base_layer.bias)
-
-        scaled_E, scale = self._scaled_E_and_scale(adapter_name, params)
-        projected = projected.mul_(scaled_E.T)
-        return add_update_and_scale_(output, projected, lora_B, scale, base_layer.bias)
-
-    def _squared_norm(self, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
-        weight = self.get_base_layer().weight
-        squared_base_norm = None
-        if not torch.compiler.is_compiling():
-            squared_base_norm = self._base_norm_memo.get(lambda: squared_row_norm(weight), (weight,))
-        return squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B, squared_base_norm)
-
-    def _scaled_E_and_scale(self, adapter_name: str, params: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
-        """c · E and m / n of an adapter that needs no gradients, kept in eval mode."""
-
-        def compute() -> tuple[torch.Tensor, torch.Tensor]:
-            lora_A, scaled_E, lora_B = self.update_factors(adapter_name)
-            squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)
-            return scaled_E, magnitude_scale(self.lora_magnitude[adapter_name], squared_norm)
-
-        if self.training or getattr(self, "_is_fsdp_managed_module", False):
-            # FSDP2 gathers parameters for the forward pass into tensors that do not count it
-            return compute()
-        tensors = (self.get_base_layer().weight, *params, self.ranknum[adapter_name])
-        return self._eval_memo.get(compute, tensors, adapter_name, self.scaling[adapter_name])
-
-    def train(self, mode: bool = True) -> "SVDLinear":
-        if mode:
-            self._eval_memo.clear()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "SVDLinear":
-        self.clear_memos()
-        return super()._apply(*args, **kwargs)
-
-
-class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):
-    """PEFT's convolution with an AdaLoRA adapter. It cannot be an AdaDoRA adapter."""
+class SVDConv2d(AdaDoraConv2dMixin, AdaLoraLayer, stock.SVDConv2d):
+    """PEFT's convolution with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
 
 class RankAllocator(RankAllocatorMixin, stock.RankAllocator):

@@ -24,9 +24,11 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 
 from . import stock_model as stock
+from .adadora_layer import AdaDoraMixin
+from .base_weight import check_magnitude_support, weight_rows
 from .checkpoint import PREFIX, adapter_checksum, check_adapter_file, check_adapter_weights
 from .config import AdaLoraConfig
-from .layer import AdaLoraLayer, RankAllocator, SVDLinear, check_magnitude_support
+from .layer import AdaLoraLayer, RankAllocator
 from .sharding import is_sharded
 
 
@@ -79,8 +81,8 @@ class AdaLoraModel(stock.AdaLoraModel):
                 )
         return torch.stack(losses).mean()
 
-    def _svd_linear_layers(self) -> Iterator[SVDLinear]:
-        return (module for module in self.model.modules() if isinstance(module, SVDLinear))
+    def _adadora_layers(self) -> Iterator[AdaDoraMixin]:
+        return (module for module in self.model.modules() if isinstance(module, AdaDoraMixin))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
@@ -113,12 +115,12 @@ class AdaLoraModel(stock.AdaLoraModel):
                 inside_adapter_layer = (*inside_adapter_layer, f"{name}.")
             if name in names_in_state_dict if state_dict else self._check_target_module_exists(config, name):
                 check_magnitude_support(base_layer, name)
-                layers[name] = base_layer.out_features, base_layer.in_features
+                layers[name] = tuple(weight_rows(base_layer).shape)
         return layers
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for layer in self._svd_linear_layers():
+        for layer in self._adadora_layers():
             if adapter_name in layer.lora_magnitude:
                 layer.restore_magnitude_precision(adapter_name)
 
@@ -133,11 +135,11 @@ class AdaLoraModel(stock.AdaLoraModel):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _check_unmerge(self) -> None:
-        for layer in self._svd_linear_layers():
+        for layer in self._adadora_layers():
             layer.check_unmerge()
 
     def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-        for layer in self._svd_linear_layers():
+        for layer in self._adadora_layers():
             adapter_name = layer.adapter_to_merge(adapter_names)
             if adapter_name is not None and safe_merge:
                 with onload_layer(layer):
