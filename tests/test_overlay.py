@@ -365,7 +365,7 @@ class TestModulesOfPeft:
         assert getattr(peft, name) is getattr(peft.tuners, name) is getattr(peft.tuners.adalora, name)
 
     @pytest.mark.parametrize(
-        "module", [".bnb", ".gptq", ".stock___init__", ".stock_config", ".stock_layer", ".stock_model"]
+        "module", [".gptq", ".stock___init__", ".stock_bnb", ".stock_config", ".stock_layer", ".stock_model"]
     )
     def test_modules_without_an_override_and_stock_modules_are_those_of_the_installed_peft(self, module):
         import peft
@@ -373,7 +373,7 @@ class TestModulesOfPeft:
         installed = Path(peft.__file__).parent / "tuners" / "adalora"
         assert Path(importlib.import_module("peft.tuners.adalora" + module).__file__).parent == installed
 
-    @pytest.mark.parametrize("module", ["config", "layer", "model"])
+    @pytest.mark.parametrize("module", ["bnb", "config", "layer", "model"])
     def test_a_stock_module_is_what_the_module_would_be_without_ours(self, module):
         stock = importlib.import_module(f"peft.tuners.adalora.stock_{module}")
         ours = importlib.import_module(f"peft.tuners.adalora.{module}")
