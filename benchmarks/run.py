@@ -21,6 +21,7 @@ import compiled
 import growth
 import layer
 import memory
+import merging
 import model
 import norm
 import torch
@@ -38,6 +39,7 @@ SECTIONS = {
     "memory": memory,
     "growth": growth,
     "accuracy": accuracy,
+    "merging": merging,
     "allocator": allocator,
 }
 

@@ -252,6 +252,15 @@ def test_the_json_holds_the_machine_the_versions_and_every_round(bench, settings
     assert row["AdaDoRA"] == {"median": 2.0, "quartiles": [1.5, 3.0], "rounds": [4.0, 1.0, 2.0]}
 
 
+def test_merging_is_as_exact_as_storing(bench, settings):
+    (table,) = bench.merging.tables(settings)
+    errors = {row["layer"]: (row["merged"], row["the exact weight, stored"]) for row in table.rows}
+    assert max(errors.pop(f"{name}, float32")[0] for name in ("Linear", "Conv1D", "Conv2d")) < 1e-6
+    for merged, stored in errors.values():
+        assert 1e-4 < stored < 0.2
+        assert abs(merged / stored - 1) < 0.02
+
+
 def test_tables_are_plotted(bench, tables, tmp_path):
     pytest.importorskip("matplotlib")
     bench.plot.write_plots(tables, tmp_path)

@@ -1,0 +1,98 @@
+"""How exact a merged weight is: its relative error, beside that of the exact one stored in the same way."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from report import Table
+from settings import Settings
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.adalora.base_weight import QuantizedRows, overwrite_weight, weight_rows
+
+
+try:
+    import bitsandbytes
+except ImportError:
+    bitsandbytes = None
+
+
+def quantized(width: int, kind: str, compress_statistics: bool = False) -> nn.Module:
+    if kind == "int8":
+        layer = bitsandbytes.nn.Linear8bitLt(width, width, has_fp16_weights=False)
+    else:
+        layer = bitsandbytes.nn.Linear4bit(width, width, quant_type=kind, compress_statistics=compress_statistics)
+    layer.load_state_dict(nn.Linear(width, width).state_dict())
+    return layer
+
+
+LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    "Linear, float32": lambda width: nn.Linear(width, width),
+    "Linear, bfloat16": lambda width: nn.Linear(width, width).bfloat16(),
+    "Linear, float16": lambda width: nn.Linear(width, width).half(),
+    "Conv1D, float32": lambda width: Conv1D(width, width),
+    "Conv2d, float32": lambda width: nn.Conv2d(width // 8, width, 3),
+}
+if bitsandbytes is not None:
+    LAYERS |= {
+        "bitsandbytes 8-bit": lambda width: quantized(width, "int8"),
+        "bitsandbytes nf4": lambda width: quantized(width, "nf4"),
+        "bitsandbytes nf4, double quantization": lambda width: quantized(width, "nf4", True),
+        "bitsandbytes fp4": lambda width: quantized(width, "fp4"),
+    }
+
+
+def matrix(layer: nn.Module) -> torch.Tensor:
+    """The weight of a layer, (out, in), float64."""
+    rows = weight_rows(layer)
+    return (rows[:] if isinstance(rows, QuantizedRows) else rows).double().cpu().clone()
+
+
+def relative_error(layer: nn.Module, exact: torch.Tensor) -> float:
+    return float((matrix(layer) - exact).norm() / exact.norm())
+
+
+@torch.no_grad()
+def merge_row(name: str, settings: Settings) -> dict[str, Any]:
+    torch.manual_seed(0)
+    base = LAYERS[name](settings.pick(1024, 256)).to(settings.device)
+    wrapped = nn.Module()
+    wrapped.layer = base
+    wrapped.is_loaded_in_8bit, wrapped.is_loaded_in_4bit = "8-bit" in name, "4" in name.partition("bitsandbytes")[2]
+    config = AdaLoraConfig(
+        target_modules=["layer"], init_r=16, fan_in_fan_out="Conv1D" in name, total_step=1000, use_dora_adaptive=True
+    )
+    model = get_peft_model(wrapped, config)
+    layer = model.base_model.model.layer
+    # an update of about a tenth of the weight's length, and magnitudes moved by 10 %
+    layer.lora_E["default"].normal_()
+    update = layer.lora_B["default"] @ (layer.lora_A["default"] * layer.lora_E["default"])
+    weight = matrix(base)
+    layer.scaling["default"] *= 0.1 * float(weight.norm() / update.norm()) / layer.scaling["default"] * 16
+    magnitude = layer.lora_magnitude["default"]
+    magnitude.mul_(1 + 0.1 * torch.randn_like(magnitude))
+
+    lora_A, scaled_E, lora_B = (factor.double().cpu() for factor in layer.update_factors("default"))
+    adapted = weight + lora_B @ (scaled_E * lora_A)
+    exact = magnitude.double().cpu() / adapted.norm(dim=1, keepdim=True) * adapted
+    stored = copy.deepcopy(base)
+    overwrite_weight(stored, [(slice(0, len(exact)), exact.to(weight_rows(base).dtype))])
+    model.merge_adapter()
+    return {
+        "layer": name,
+        "merged": relative_error(base, exact),
+        "the exact weight, stored": relative_error(stored, exact),
+    }
+
+
+def tables(settings: Settings) -> Iterator[Table]:
+    yield Table(
+        "merging",
+        "Accuracy of merging",
+        [merge_row(name, settings) for name in LAYERS],
+        "‖merged − exact‖ / ‖exact‖ of the weight, the exact one being (m / n) ⊙ (W + ΔW) in float64, and the same for the "
+        "exact one stored in the layer's own format.",
+    )

@@ -1,0 +1,118 @@
+"""What else PEFT offers, with an AdaDoRA adapter: right, or refused with one clear sentence."""
+
+import pytest
+import torch
+from helpers import TARGETS, make_config, make_mlp, make_peft_mlp, parameter_bytes, svd_layers, train_by_hand
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft import LoHaConfig, LoraConfig, PeftMixedModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+
+
+# of TARGETS: 3 · (out + in + 1) · rank 6 of A, B and E, and a magnitude for each row
+SHAPES = [(16, 10), (16, 16), (4, 16)]
+ADAPTER_SIZE = sum(6 * (rows + columns + 1) + rows for rows, columns in SHAPES)
+
+
+def trained_mlp(**kwargs):
+    model = make_peft_mlp(**kwargs).eval()
+    for layer in svd_layers(model).values():
+        train_by_hand(layer)
+    return model
+
+
+def test_the_status_of_model_and_layers_counts_the_magnitudes():
+    model = make_peft_mlp()
+    base_size = sum(param.numel() for param in make_mlp().parameters())
+    status = model.get_model_status()
+    assert status.trainable_params == ADAPTER_SIZE
+    # the ranknum of each layer is a parameter, too
+    assert status.total_params == base_size + ADAPTER_SIZE + len(SHAPES)
+    assert status.enabled and status.active_adapters == ["default"] and status.merged_adapters == []
+    assert status.requires_grad == {"default": True} and status.devices == {"default": ["cpu"]}
+    assert model.get_nb_trainable_parameters() == (status.trainable_params, status.total_params)
+    assert [layer.module_type for layer in model.get_layer_status()] == ["adalora.SVDLinear"] * len(SHAPES)
+
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+    for layer in svd_layers(model).values():
+        layer.lora_magnitude.requires_grad_(False)
+    assert model.get_model_status().requires_grad == {"default": "irregular"}
+
+
+def test_the_printed_number_of_trainable_parameters_counts_the_magnitudes(capsys):
+    make_peft_mlp().print_trainable_parameters()
+    assert f"trainable params: {ADAPTER_SIZE:,} " in capsys.readouterr().out
+
+
+def test_a_weighted_sum_of_adapters_is_refused():
+    model = trained_mlp()
+    before = parameter_bytes(model)
+    with pytest.raises(TypeError, match="AdaLoraModel does not support add_weighted_adapter"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert parameter_bytes(model) == before and list(model.peft_config) == ["default"]
+
+
+def test_hot_swapping_is_refused(tmp_path):
+    trained_mlp().save_pretrained(tmp_path)
+    model = make_peft_mlp()
+    before = parameter_bytes(model)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    assert parameter_bytes(model) == before
+
+
+def test_generating_with_a_cache_of_keys_and_values_gives_the_same_tokens_and_scores():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=None,
+    )
+    model = get_peft_model(LlamaForCausalLM(config), make_config(target_modules="all-linear")).eval()
+    for layer in svd_layers(model).values():
+        train_by_hand(layer)
+        layer.lora_E["default"].data.mul_(0.2)
+    prompt = torch.randint(3, 64, (2, 7))
+    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, plain = (model.generate(input_ids=prompt, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        unadapted = model.generate(input_ids=prompt, **options)
+    assert not torch.allclose(torch.stack(unadapted.logits), torch.stack(plain.logits), atol=1e-2)
+    merged = model.merge_and_unload().generate(input_ids=prompt, **options)
+    torch.testing.assert_close(torch.stack(merged.logits), torch.stack(plain.logits), rtol=1e-3, atol=1e-3)
+
+
+class TestMixedModel:
+    @pytest.fixture
+    def model(self) -> PeftMixedModel:
+        model = get_peft_model(make_mlp(), make_config(target_modules=TARGETS), mixed=True).eval()
+        for layer in svd_layers(model).values():
+            train_by_hand(layer)
+        return model
+
+    def test_it_predicts_and_merges_as_a_model_with_adadora_alone(self, model):
+        x = torch.randn(3, 10)
+        expected = trained_mlp()
+        expected.base_model.model.load_state_dict(model.base_model.model.state_dict())
+        assert torch.equal(model(x), expected(x))
+        output = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), output)
+
+    @pytest.mark.parametrize("config_class", [LoHaConfig, LoraConfig])
+    def test_an_adapter_of_another_method_can_take_turns_but_not_be_active_together(self, model, config_class):
+        x = torch.randn(3, 10)
+        output = model(x)
+        model.add_adapter("other", config_class(r=4, target_modules=TARGETS))
+        with pytest.raises(NotImplementedError, match="together with another one"):
+            model.set_adapter(["default", "other"])
+        assert torch.equal(model(x), output)
+        model.set_adapter("other")
+        torch.testing.assert_close(model(x), make_mlp()(x))  # it is fresh
+        model.set_adapter("default")
+        assert torch.equal(model(x), output)
