@@ -15,11 +15,16 @@
 """Parameters of which each process may hold but a part (FSDP2's DTensor)."""
 
 import torch
+from torch import nn
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether this is a DTensor, of which each process may hold but a part (FSDP2)."""
     return hasattr(tensor, "full_tensor")
+
+
+def has_sharded_parameters(model: nn.Module) -> bool:
+    return any(is_sharded(param) for param in model.parameters())
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
