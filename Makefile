@@ -21,7 +21,7 @@ style: .venv/installed  ## format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/installed  ## time, memory and accuracy against PEFT's AdaLoRA and DoRA (about 25 minutes)
+bench: .venv/installed  ## time, memory and accuracy against PEFT's AdaLoRA and DoRA (about 22 minutes)
 	$(INSTALL) -e '.[bench]'
 	$(BIN)/python benchmarks/run.py --output build/benchmarks
 
