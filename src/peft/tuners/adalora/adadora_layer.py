@@ -43,16 +43,33 @@ class AdaDoraMixin:
     `lora_magnitude` holds the magnitudes, one of shape (out, 1) per AdaDoRA adapter.
     """
 
+    @property
+    def use_dora_adaptive(self) -> bool:
+        """Whether an adapter of this layer is AdaDoRA; the keys of `lora_magnitude` say which."""
+        return len(self.lora_magnitude) > 0
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:
-        magnitudes = getattr(self, "lora_magnitude", {})
-        learned = magnitudes.pop(adapter_name) if adapter_name in magnitudes else None
+        learned = self.take_magnitude(adapter_name)
         try:
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        finally:
-            if learned is not None:
-                magnitudes[adapter_name] = learned
+        except Exception:
+            self.give_magnitude(adapter_name, learned)
+            raise
+        self.give_magnitude(adapter_name, learned, config)
+
+    def take_magnitude(self, adapter_name: str) -> Optional[nn.Parameter]:
+        """Remove the magnitude of an adapter, if it has one, so that updating the layer leaves it as it is."""
+        magnitudes = getattr(self, "lora_magnitude", {})
+        return magnitudes.pop(adapter_name) if adapter_name in magnitudes else None
+
+    def give_magnitude(
+        self, adapter_name: str, learned: Optional[nn.Parameter], config: Optional[AdaLoraConfig] = None
+    ) -> None:
+        """Put a learned magnitude back or, if there is none, make the one that the config asks for."""
         self.clear_memos()
-        if config.use_dora_adaptive and learned is None:
+        if learned is not None:
+            self.lora_magnitude[adapter_name] = learned
+        elif config is not None and config.use_dora_adaptive:
             lora_E = self.lora_E[adapter_name]
             magnitude = torch.empty(self.out_features, 1, device=lora_E.device, dtype=lora_E.dtype)
             self.lora_magnitude[adapter_name] = nn.Parameter(magnitude, requires_grad=lora_E.requires_grad)

@@ -27,7 +27,7 @@ from .base_weight import check_magnitude_support, weight_rows
 from .checkpoint import PREFIX, adapter_checksum, check_adapter_file, check_adapter_weights
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator
-from .sharding import is_sharded
+from .sharding import has_sharded_parameters, is_sharded
 
 
 class AdaDoraModelMixin:
@@ -41,8 +41,22 @@ class AdaDoraModelMixin:
     # so many forward passes in training without an allocation are no accident
     _forwards_until_warning = 200
 
-    def warn_if_never_allocated(self) -> None:
-        """To be called in each forward pass."""
+    def forward_otherwise(self, *args: Any, **kwargs: Any) -> Optional[Any]:
+        """
+        The outputs of the model where AdaLoRA's own forward pass, which adds a regularization to the loss, does not work: if
+        no adapter is in training, and if parameters are sharded. `None` if it does.
+        """
+        if not hasattr(self, "trainable_adapter_name"):
+            return self.model.forward(*args, **kwargs)
+        self._warn_if_never_allocated()
+        if not has_sharded_parameters(self.model):
+            return None
+        outputs = self.model.forward(*args, **kwargs)
+        if isinstance(getattr(outputs, "loss", None), torch.Tensor):
+            outputs.loss = outputs.loss + self.rankallocator.peft_config.orth_reg_weight * self._orthogonality_loss()
+        return outputs
+
+    def _warn_if_never_allocated(self) -> None:
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         self._forwards_until_warning -= 1
@@ -53,13 +67,6 @@ class AdaDoraModelMixin:
                 "`AdaLoraCallback()` to the Trainer, or call `model.base_model.update_and_allocate(step)` after each "
                 "optimizer step."
             )
-
-    def forward_sharded(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass of a model whose parameters may be sharded, with AdaLoRA's regularization in the loss."""
-        outputs = self.model.forward(*args, **kwargs)
-        if isinstance(getattr(outputs, "loss", None), torch.Tensor):
-            outputs.loss = outputs.loss + self.rankallocator.peft_config.orth_reg_weight * self._orthogonality_loss()
-        return outputs
 
     def _orthogonality_loss(self) -> torch.Tensor:
         """AdaLoRA's regularization, the mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖, of parameters that may be sharded."""

@@ -30,10 +30,6 @@ class RankAllocatorMixin:
     Where the parameters are sharded (DTensor), the importance is that of the whole ones, the same on every process.
     """
 
-    def reset_ipt(self) -> None:
-        super().reset_ipt()
-        self._flat_scores = {}
-
     @torch.no_grad()
     def update_ipt(self, model: nn.Module) -> None:
         """
@@ -85,22 +81,22 @@ class RankAllocatorMixin:
             return deepspeed.utils.safe_get_full_grad(param)
         return torch.zeros_like(param) if param.grad is None else param.grad
 
-    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
-        if not any(is_sharded(param) for param in model.parameters()):
-            return super().mask_to_budget(model, budget)
-        rank_pattern = super().mask_to_budget(_WholeParameters(model), budget)
-        self.mask_using_rank_pattern(model, rank_pattern)
+    def mask_sharded_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        """`mask_to_budget` for a model whose parameters may be sharded."""
+        rank_pattern = self.mask_to_budget(_WholeParameters(model), budget)
+        self.mask_sharded_using_rank_pattern(model, rank_pattern)
         return rank_pattern
 
     @torch.no_grad()
-    def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:
-        sharded = {name: param for name, param in model.named_parameters() if is_sharded(param)}
-        if not sharded:
-            super().mask_using_rank_pattern(model, rank_pattern)
-            return
+    def mask_sharded_using_rank_pattern(
+        self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]
+    ) -> None:
+        """`mask_using_rank_pattern` for a model whose parameters may be sharded."""
+        params = dict(model.named_parameters())
         for name, kept in self._full_names(rank_pattern).items():
-            pruned = ~torch.as_tensor(kept, device=sharded[name].device).view(-1, 1)
-            copy_whole_(sharded[name], whole(sharded[name]).masked_fill(pruned, 0.0))
+            values = whole(params[name])
+            pruned = ~torch.as_tensor(kept, device=values.device).view(-1, 1)
+            copy_whole_(params[name], values.masked_fill(pruned, 0.0))
 
     def _full_names(self, rank_pattern: dict[str, Any]) -> dict[str, Any]:
         """The rank pattern by the names of `lora_E` in the model; saving an adapter drops its name from them."""
@@ -152,12 +148,13 @@ class RankAllocatorMixin:
 
 
 class _WholeParameters:
-    """Stands in for a model with sharded parameters: gives copies of the whole ones, all that allocation needs."""
+    """Stands in for a model with sharded parameters: holds copies of the whole ones, all that allocation needs."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._params = {name: whole(param).clone() for name, param in model.named_parameters() if ".lora_" in name}
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, param in self._model.named_parameters():
-            if ".lora_" in name:
-                yield name, whole(param).clone()
+        return iter(self._params.items())
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        return iter(self._params.values())

@@ -23,8 +23,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import get_bnb_param_type
 
+from .config import AdaLoraConfig
 from .sharding import copy_whole_, is_sharded
 
 
@@ -72,6 +74,19 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
         raise NotImplementedError(
             f"`fan_in_fan_out=False` does not fit {where}, a {kind}, whose weight is stored transposed; set it to True."
         )
+
+
+def checked_config(
+    config: AdaLoraConfig, base_layer: nn.Module, use_dora_adaptive: Optional[bool] = None
+) -> AdaLoraConfig:
+    """A config with its `use_dora_adaptive` replaced, unless by `None`, after [`check_magnitude_support`] if it is set."""
+    if use_dora_adaptive is not None:
+        config = copy.copy(config)
+        config.use_dora_adaptive = use_dora_adaptive
+    if config.use_dora_adaptive:
+        innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        check_magnitude_support(innermost, fan_in_fan_out=config.fan_in_fan_out)
+    return config
 
 
 @dataclass

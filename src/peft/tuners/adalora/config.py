@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import os
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 from . import stock_config as stock
+from .checkpoint import AdaDoraConfigMixin
 
 
 @dataclass
-class AdaLoraConfig(stock.AdaLoraConfig):
+class AdaLoraConfig(AdaDoraConfigMixin, stock.AdaLoraConfig):
     """
     PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. All arguments but the one below are those of the installed
     PEFT's `AdaLoraConfig`.
@@ -57,7 +57,6 @@ class AdaLoraConfig(stock.AdaLoraConfig):
     )
 
     def __post_init__(self):
-        self.loaded_from = None
         if self.use_dora_adaptive:
             self.use_dora = False  # see `to_dict`
         if self.use_dora:
@@ -65,24 +64,3 @@ class AdaLoraConfig(stock.AdaLoraConfig):
                 "ADALORA does not support DoRA through `use_dora=True`; set `use_dora_adaptive=True` instead."
             )
         super().__post_init__()
-
-    def to_dict(self) -> dict[str, Any]:
-        """
-        The configuration as a dictionary, as it is saved.
-
-        That of AdaDoRA says `use_dora`, too, so that a PEFT without AdaDoRA refuses to load the adapter, as do programs
-        that know no DoRA, instead of using it without its magnitudes.
-        """
-        config = {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
-        if self.weights_sha256 is None:
-            del config["weights_sha256"]
-        return config
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any
-    ) -> "AdaLoraConfig":
-        """PEFT's `from_pretrained`, which also notes the folder, so that the weights in there can be checked."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.loaded_from = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        return config

@@ -12,29 +12,23 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import copy
 from typing import Optional
 
+import torch
 from torch import nn
-
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import stock_layer as stock
 from .adadora_layer import AdaDoraConv2dMixin, AdaDoraMixin
 from .allocator import RankAllocatorMixin
-from .base_weight import check_magnitude_support
+from .base_weight import check_magnitude_support, checked_config
 from .config import AdaLoraConfig
+from .sharding import has_sharded_parameters
 
 
 class AdaLoraLayer(stock.AdaLoraLayer):
     """PEFT's AdaLoRA layer with a place for magnitudes: `lora_magnitude`, one of shape (out, 1) per AdaDoRA adapter."""
 
     adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
-
-    @property
-    def use_dora_adaptive(self) -> bool:
-        """Whether an adapter of this layer is AdaDoRA; the keys of `lora_magnitude` say which."""
-        return len(self.lora_magnitude) > 0
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:
         if not hasattr(self, "lora_magnitude"):
@@ -78,12 +72,7 @@ class SVDLinear(AdaDoraMixin, AdaLoraLayer, stock.SVDLinear):
         use_dora_adaptive: Optional[bool] = None,
         **kwargs,
     ) -> None:
-        if use_dora_adaptive is not None:
-            config = copy.copy(config)
-            config.use_dora_adaptive = use_dora_adaptive
-        if config.use_dora_adaptive:
-            innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-            check_magnitude_support(innermost, fan_in_fan_out=config.fan_in_fan_out)
+        config = checked_config(config, base_layer, use_dora_adaptive)
         stock.SVDLinear.__init__(self, base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
 
 
@@ -93,3 +82,18 @@ class SVDConv2d(AdaDoraConv2dMixin, AdaLoraLayer, stock.SVDConv2d):
 
 class RankAllocator(RankAllocatorMixin, stock.RankAllocator):
     """PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes."""
+
+    def reset_ipt(self) -> None:
+        super().reset_ipt()
+        self._flat_scores = {}
+
+    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        if has_sharded_parameters(model):
+            return self.mask_sharded_to_budget(model, budget)
+        return super().mask_to_budget(model, budget)
+
+    def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:
+        if has_sharded_parameters(model):
+            self.mask_sharded_using_rank_pattern(model, rank_pattern)
+        else:
+            super().mask_using_rank_pattern(model, rank_pattern)

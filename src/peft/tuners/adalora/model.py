@@ -23,7 +23,6 @@ from peft.tuners.lora import LoraModel
 from . import stock_model as stock
 from .adadora_model import AdaDoraModelMixin
 from .config import AdaLoraConfig
-from .sharding import has_sharded_parameters
 
 
 class AdaLoraModel(AdaDoraModelMixin, stock.AdaLoraModel):
@@ -38,13 +37,8 @@ class AdaLoraModel(AdaDoraModelMixin, stock.AdaLoraModel):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self, "trainable_adapter_name"):
-            # AdaLoRA's forward adds the regularization of the adapter in training to the loss; here none is in training
-            return self.model.forward(*args, **kwargs)
-        self.warn_if_never_allocated()
-        if has_sharded_parameters(self.model):
-            return self.forward_sharded(*args, **kwargs)
-        return super().forward(*args, **kwargs)
+        outputs = self.forward_otherwise(*args, **kwargs)
+        return super().forward(*args, **kwargs) if outputs is None else outputs
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
