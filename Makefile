@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test soak quality style bench peft-tests clean
+.PHONY: demo test soak quality style bench peft-tests upstream-check mutants clean
 
 demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
@@ -28,6 +28,15 @@ bench: .venv/installed  ## time, memory and accuracy against PEFT's AdaLoRA and 
 peft-tests: .venv/installed  ## PEFT's own tests for AdaLoRA, with and without us (about half an hour)
 	$(INSTALL) -e '.[peft-tests]'
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/peft_own_tests.py build/peft-tests
+
+upstream-check: .venv/installed  ## patch PEFT's source distribution, and run its tests and ours there (about an hour)
+	$(BIN)/python upstream/check.py build/upstream
+
+mutants: .venv/installed build/upstream/patched  ## break the code on purpose, and see that the tests notice
+	$(BIN)/python upstream/mutants.py build/upstream
+
+build/upstream/patched:
+	$(BIN)/python upstream/check.py build/upstream --only-ours
 
 clean:
 	rm -rf .venv build

@@ -279,7 +279,7 @@ class AdaDoraMixin:
             squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)
             return add_update_and_scale(output, projected, lora_B, magnitude, squared_norm, bias)
 
-        scaled_E, scale = self._scaled_E_and_scale(adapter_name)
+        scaled_E, scale = self._scaled_E_and_scale(adapter_name, params)
         projected = projected.mul_(scaled_E.T)
         return add_update_and_scale_(output, projected, lora_B, scale, bias)
 
@@ -295,7 +295,7 @@ class AdaDoraMixin:
             squared_base_norm = self._base_norm_memo.get(lambda: squared_row_norm(rows), (base_layer.weight,))
         return squared_adapted_row_norm(rows, lora_A, scaled_E, lora_B, squared_base_norm)
 
-    def _scaled_E_and_scale(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scaled_E_and_scale(self, adapter_name: str, params: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
         """c · E and m / n of an adapter that needs no gradients, kept in eval mode."""
 
         def compute() -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,7 +306,7 @@ class AdaDoraMixin:
         if self.training or getattr(self, "_is_fsdp_managed_module", False):
             # FSDP2 gathers parameters for the forward pass into tensors that do not count it
             return compute()
-        tensors = (self.get_base_layer().weight, *self._adapter_params(adapter_name), self.ranknum[adapter_name])
+        tensors = (self.get_base_layer().weight, *params, self.ranknum[adapter_name])
         return self._eval_memo.get(compute, tensors, adapter_name, self.scaling[adapter_name])
 
     def train(self, mode: bool = True) -> "AdaDoraMixin":
@@ -348,7 +348,7 @@ class AdaDoraConv2dMixin(AdaDoraMixin):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             scale = magnitude_scale(self.lora_magnitude[adapter_name], self._squared_norm(lora_A, scaled_E, lora_B))
         else:
-            _, scale = self._scaled_E_and_scale(adapter_name)
+            _, scale = self._scaled_E_and_scale(adapter_name, self._adapter_params(adapter_name))
         # features last and back
         scaled = scale_output(adapted.movedim(-3, -1), scale, base_layer.bias).movedim(-1, -3)
         return scaled.to(output.dtype)
