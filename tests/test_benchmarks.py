@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 
+pytestmark = pytest.mark.overlay
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = [path.stem for path in sorted(BENCHMARKS.glob("*.py"))]
 VARIANTS = ["AdaLoRA", "DoRA", "AdaDoRA", "AdaDoRA, dense norm"]

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 
+pytestmark = pytest.mark.overlay
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "causal_lm" / "train.py"
 OPTIONS = ["--steps", "20", "--save-steps", "4", "--articles", "40"]
 

@@ -12,13 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import make_config
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
 from peft import PeftModel
-from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora import AdaLoraModel, SVDLinear
 
+
+pytestmark = pytest.mark.overlay
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "news_classification" / "train.py"
 METHODS = ["lora", "dora", "adalora", "adadora"]
@@ -287,16 +290,17 @@ def test_the_table_has_a_row_for_each_kind_of_module_and_a_column_for_each_layer
 def test_the_change_of_the_magnitudes_is_relative_to_the_row_norms_of_the_base_weight(example):
     base = nn.Linear(2, 2)
     base.weight.data = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    magnitude = torch.tensor([[5.5], [1.4]])  # 10 % longer, 30 % shorter
-    layer = SimpleNamespace(get_base_layer=lambda: base, lora_magnitude={"default": magnitude})
+    layer = SVDLinear(base, "default", make_config(), r=1)
+    layer.lora_magnitude["default"].data = torch.tensor([[5.5], [1.4]])  # 10 % longer, 30 % shorter
     assert example.magnitude_change(layer) == pytest.approx(20, rel=1e-5)
 
 
 def test_a_row_of_zeros_does_not_spoil_the_change_of_the_magnitudes(example):
     base = nn.Linear(2, 2)
     base.weight.data = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    layer = SimpleNamespace(get_base_layer=lambda: base, lora_magnitude={"default": torch.tensor([[5.5], [0.0]])})
-    assert example.magnitude_change(layer) == pytest.approx(5, rel=1e-5)
+    layer = SVDLinear(base, "default", make_config(), r=1)
+    layer.lora_magnitude["default"].data = torch.tensor([[5.5], [0.0]])
+    assert example.magnitude_change(layer) == pytest.approx(10, rel=1e-5)
 
 
 def test_a_pruned_singular_value_does_not_count_as_kept(example):
@@ -476,7 +480,9 @@ def test_the_script_itself_ends_with_exit_code_2_and_one_line(tmp_path):
     command = [sys.executable, str(SCRIPT), "--data", str(tmp_path / "absent.csv")]
     finished = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr == f"train.py: error: {tmp_path / 'absent.csv'}: No such file or directory\n"
+    # bitsandbytes, which PEFT imports, says on some CPUs that a kernel is missing
+    lines = [line for line in finished.stderr.splitlines() if "kernels-community" not in line]
+    assert lines == [f"train.py: error: {tmp_path / 'absent.csv'}: No such file or directory"]
 
 
 # ------------------------------------------------------------------------------------------- what the packages carry

@@ -59,12 +59,11 @@ MUTANTS = [
     Mutant(
         "do not detach the norm",
         "adadora_layer.py",
-        "squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)\n            return",
-        "adapted = weight_rows(base_layer) + lora_B @ (lora_A * scaled_E)\n"
+        "            return add_update_and_scale(output, projected, lora_B, magnitude, squared_norm, bias)\n",
+        "            adapted = self.get_base_layer().weight + lora_B @ (lora_A * scaled_E)\n"
         "            squared_norm = adapted.square().sum(dim=1, keepdim=True)\n"
-        "            sum_ = output + projected @ lora_B.T\n"
-        "            return scale_output(sum_, magnitude_scale(magnitude, squared_norm), bias)\n"
-        "            return",
+        "            scale = magnitude_scale(magnitude, squared_norm)\n"
+        "            return scale_output(output + projected @ lora_B.T, scale, bias)\n",
     ),
     Mutant(
         "do not clamp the squared norm",

@@ -261,7 +261,7 @@ def quantization(kind: str | None) -> dict[str, BitsAndBytesConfig]:
 
 
 def load_base_model(
-    model: str, labels: list[str], tokenizer: PreTrainedTokenizerBase, quantize: str | None
+    model: str, labels: list[str], tokenizer: PreTrainedTokenizerBase, quantize: str | None = None
 ) -> PreTrainedModel:
     """The pretrained encoder with a random classification head."""
     options = quantization(quantize)
