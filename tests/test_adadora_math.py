@@ -9,6 +9,7 @@ from reference import Reference, relative_error
 from torch import nn
 
 from peft.tuners.adalora import SVDLinear
+from peft.tuners.adalora.adadora import squared_adapted_row_norm
 
 
 LOW_PRECISION = [torch.bfloat16, torch.float16]
@@ -252,6 +253,15 @@ def test_rows_where_the_update_cancels_the_weight_stay_finite(dtype):
     output.sum().backward()
     assert torch.isfinite(output).all()
     assert all(torch.isfinite(getattr(layer, n)["default"].grad).all() for n in Reference.of(layer).factors())
+
+
+def test_rounding_never_makes_a_squared_norm_negative():
+    # in half of so many rows that cancel, it would push the sum below zero
+    lora_A, scaled_E, lora_B = torch.randn(4, 64), torch.rand(4, 1) + 0.5, torch.randn(1000, 4)
+    squared_norm = squared_adapted_row_norm(-lora_B @ (scaled_E * lora_A), lora_A, scaled_E, lora_B)
+    assert squared_norm.shape == (1000, 1)
+    assert (squared_norm >= 0).all()
+    assert 0.1 < (squared_norm == 0).float().mean() < 1
 
 
 def test_a_layer_pruned_to_rank_zero_keeps_its_magnitude():
