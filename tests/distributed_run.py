@@ -1,8 +1,9 @@
 """Trains on several processes what `train_single` trains on one; run it with torchrun.
 
-torchrun --nproc-per-node 2 distributed_run.py {ddp,fsdp2,fsdp2-bf16,trainer} FOLDER
+torchrun --nproc-per-node 2 distributed_run.py {ddp,fsdp2,fsdp2-bf16,trainer,zero2,zero3} FOLDER
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,16 @@ def train_sharded(folder: Path, param_dtype: torch.dtype) -> dict[str, Any]:
     return {**result, "merged_logits": held_out_logits(model)}
 
 
-def make_trainer_without_dropout(folder: Path) -> Trainer:
+def make_trainer_without_dropout(folder: Path, **arguments: Any) -> Trainer:
     """The same batches on any number of processes, and one that divides 2."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     return make_trainer(
         folder,
         make_adalora_config(lora_dropout=0.0),
         per_device_train_batch_size=2 // world,
         # otherwise the Trainer scales the loss by the number of processes, and with it AdaLoRA's regularization
         average_tokens_across_devices=False,
+        **arguments,
     )
 
 
@@ -122,14 +124,49 @@ def train_with_trainer(folder: Path) -> dict[str, Any]:
     }
 
 
+def watch_pruned_entries(trainer: Trainer) -> list[float]:
+    """The largest pruned entry of any E at each forward pass after the last allocation, from where on each step masks."""
+    largest = []
+    config = trainer.model.peft_config["default"]
+
+    def look(*_: Any) -> None:
+        if trainer.state.global_step < STEPS - config.tfinal:
+            return
+        # saving drops the name of the adapter
+        rank_pattern = {name.removesuffix(".default"): kept for name, kept in config.rank_pattern.items()}
+        for name, param in trainer.model.base_model.model.named_parameters():
+            if ".lora_E." in name and param.numel() > 0:
+                kept = torch.tensor(rank_pattern[name.removesuffix(".default")])
+                largest.append(param.detach().flatten().masked_fill(kept, 0).abs().max().item())
+
+    trainer.model.register_forward_pre_hook(look)
+    return largest
+
+
+def train_with_deepspeed(folder: Path, stage: int) -> dict[str, Any]:
+    config = {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+    trainer = make_trainer_without_dropout(folder, deepspeed=config, max_grad_norm=0.0)
+    pruned = watch_pruned_entries(trainer)
+    trainer.train()
+    return {"rank_pattern": trainer.model.peft_config["default"].rank_pattern, "pruned": pruned}
+
+
 def main(mode: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if not mode.startswith("zero"):  # DeepSpeed does so itself
+        dist.init_process_group("gloo")
     if mode == "ddp":
         model = make_model()
         result = train(DistributedDataParallel(model), model)
     elif mode == "trainer":
         result = train_with_trainer(folder)
+    elif mode.startswith("zero"):
+        result = train_with_deepspeed(folder, int(mode[-1]))
     else:
         result = train_sharded(folder, torch.bfloat16 if mode == "fsdp2-bf16" else torch.float32)
     torch.save(result, folder / f"rank-{dist.get_rank()}.pt")

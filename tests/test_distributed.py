@@ -1,4 +1,4 @@
-"""Two processes train what one trains, over gloo on the CPU: DDP, FSDP2, and DDP through the Trainer."""
+"""Two processes train what one trains, over gloo on the CPU: DDP, FSDP2, and DDP and DeepSpeed through the Trainer."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_run import held_out_logits, make_trainer_without_dropout, train_single
+from safetensors.torch import load_file
 from trainer_run import STEPS, make_llama
 
 from peft import PeftModel
@@ -27,7 +28,7 @@ def launch(mode: str, folder: Path, launcher: str = "torchrun") -> list[dict]:
     script = Path(__file__).with_name("distributed_run.py")
     process = subprocess.run(
         [*command, script, mode, folder],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         check=False,
         text=True,
@@ -128,3 +129,32 @@ def test_the_trainer_gives_the_same_on_two_processes(launcher, tmp_path):
         if "lora_" in name:
             torch.testing.assert_close(results[0]["adapter"][name], param.detach(), rtol=1e-5, atol=1e-5, msg=name)
     assert (folders[1] / f"checkpoint-{STEPS}" / "adalora_state.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def single_trainer(tmp_path_factory):
+    trainer = make_trainer_without_dropout(tmp_path_factory.mktemp("one"), max_grad_norm=0.0)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_the_same_on_two_processes(stage, single_trainer, tmp_path):
+    pytest.importorskip("deepspeed")
+    results = launch(f"zero{stage}", tmp_path)
+    expected = single_trainer.model.peft_config["default"].rank_pattern
+    for result in results:
+        assert list(result["rank_pattern"].values()) == list(expected.values())
+    if stage == 2:
+        # ZeRO-3 shows no whole parameter in front of a forward pass
+        assert len(results[0]["pruned"]) == 5 * 2 * 6
+        assert max(results[0]["pruned"] + results[1]["pruned"]) == 0
+
+    checkpoint = tmp_path / f"checkpoint-{STEPS}"
+    state = load_file(checkpoint / "adalora_state.safetensors")
+    for name, param in single_trainer.model.named_parameters():
+        if "lora_" in name:
+            trained = state[f"param.{name.removeprefix('base_model.model.')}"]
+            torch.testing.assert_close(trained, param.detach(), rtol=1e-5, atol=1e-5)
+    loaded = PeftModel.from_pretrained(make_llama(), checkpoint)
+    torch.testing.assert_close(held_out_logits(loaded), held_out_logits(single_trainer.model), rtol=1e-5, atol=1e-5)

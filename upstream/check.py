@@ -80,7 +80,17 @@ def make_environment(folder: Path) -> Path:
     extras = re.search(r"^peft-tests = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
     # torch goes first and alone, so that nothing resolves to a build with CUDA packages
     subprocess.run([*pip, "torch"], check=True)
-    needed = ["accelerate", "bitsandbytes", "hypothesis", "psutil", "pyyaml", "tqdm", "transformers", "trl"]
+    needed = [
+        "accelerate",
+        "bitsandbytes",
+        "deepspeed",
+        "hypothesis",
+        "psutil",
+        "pyyaml",
+        "tqdm",
+        "transformers",
+        "trl",
+    ]
     subprocess.run([*pip, *needed, *re.findall(r'"([^"]+)"', extras)], check=True)
     # what TRL depends on
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "peft", "peft-adadora"], check=True)

@@ -32,7 +32,7 @@ from .adadora import (
 )
 from .base_weight import overwrite_weight, weight_rows
 from .config import AdaLoraConfig
-from .sharding import copy_whole_, whole
+from .sharding import copy_whole_, is_partitioned, whole
 
 
 class AdaDoraMixin:
@@ -289,6 +289,10 @@ class AdaDoraMixin:
 
     def _squared_norm(self, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         base_layer = self.get_base_layer()
+        if is_partitioned(base_layer.weight):
+            return squared_adapted_row_norm(
+                weight_rows(base_layer, whole(base_layer.weight)), lora_A, scaled_E, lora_B
+            )
         rows = weight_rows(base_layer)
         squared_base_norm = None
         if not torch.compiler.is_compiling():
@@ -303,10 +307,11 @@ class AdaDoraMixin:
             squared_norm = self._squared_norm(lora_A, scaled_E, lora_B)
             return scaled_E, magnitude_scale(self.lora_magnitude[adapter_name], squared_norm)
 
-        if self.training or getattr(self, "_is_fsdp_managed_module", False):
-            # FSDP2 gathers parameters for the forward pass into tensors that do not count it
+        weight = self.get_base_layer().weight
+        if self.training or getattr(self, "_is_fsdp_managed_module", False) or is_partitioned(weight):
+            # FSDP2 and ZeRO-3 gather parameters for the forward pass into tensors that do not count it
             return compute()
-        tensors = (self.get_base_layer().weight, *params, self.ranknum[adapter_name])
+        tensors = (weight, *params, self.ranknum[adapter_name])
         return self._eval_memo.get(compute, tensors, adapter_name, self.scaling[adapter_name])
 
     def train(self, mode: bool = True) -> "AdaDoraMixin":

@@ -27,7 +27,7 @@ from .base_weight import check_magnitude_support, weight_rows
 from .checkpoint import PREFIX, adapter_checksum, check_adapter_file, check_adapter_weights
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator
-from .sharding import has_sharded_parameters, is_sharded
+from .sharding import is_partitioned, is_sharded
 
 
 class AdaDoraModelMixin:
@@ -49,7 +49,7 @@ class AdaDoraModelMixin:
         if not hasattr(self, "trainable_adapter_name"):
             return self.model.forward(*args, **kwargs)
         self._warn_if_never_allocated()
-        if not has_sharded_parameters(self.model):
+        if not any(is_sharded(param) for param in self.model.parameters()):
             return None
         outputs = self.model.forward(*args, **kwargs)
         if isinstance(getattr(outputs, "loss", None), torch.Tensor):
@@ -189,7 +189,9 @@ class AdaDoraModelMixin:
 
     @classmethod
     def _note_checksum(cls, config: AdaLoraConfig, adapter_name: str, saved: dict[str, torch.Tensor]) -> None:
-        if config.use_dora_adaptive and not any(tensor.is_meta or is_sharded(tensor) for tensor in saved.values()):
+        if config.use_dora_adaptive and not any(
+            tensor.is_meta or is_sharded(tensor) or is_partitioned(tensor) for tensor in saved.values()
+        ):
             config.weights_sha256 = adapter_checksum(
                 {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in saved.items()}
             )

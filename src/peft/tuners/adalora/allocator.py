@@ -13,13 +13,14 @@
 # limitations under the License.
 
 from collections.abc import Hashable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from transformers.integrations import deepspeed_config
 
-from .sharding import copy_whole_, is_sharded, whole
+from .sharding import copy_whole_, has_master_copy, is_sharded, whole, whole_shape
 
 
 class RankAllocatorMixin:
@@ -44,12 +45,12 @@ class RankAllocatorMixin:
         for group, params in groups.items():
             ipt, exp_avg_ipt, exp_avg_unc = self._scores_of(group, params)
             if group[-1]:
-                products = [param * self._gradient(param) for param in params.values()]
+                products = [param * self._gradient(name, param) for name, param in params.items()]
                 torch.cat([product.full_tensor().reshape(-1) for product in products], out=ipt).abs_()
                 change = torch.empty_like(ipt)
             else:
-                change = torch.cat([self._gradient(param).reshape(-1) for param in params.values()])
-                torch.cat([param.reshape(-1) for param in params.values()], out=ipt).mul_(change).abs_()
+                change = torch.cat([self._gradient(name, param).reshape(-1) for name, param in params.items()])
+                torch.cat([whole(param).reshape(-1) for param in params.values()], out=ipt).mul_(change).abs_()
             # each product and each sum is rounded by itself, as in PEFT: `add` with `alpha` would fuse the two
             torch.mul(ipt, 1 - self.beta1, out=change)
             exp_avg_ipt.mul_(self.beta1).add_(change)
@@ -63,7 +64,7 @@ class RankAllocatorMixin:
         current = [score.get(name) for score in scores for name in params]
         if len(current) != len(views) or any(id(score) not in views for score in current):
             flat_scores, views = [], {}
-            shapes = {name: param.shape for name, param in params.items()}
+            shapes = {name: whole_shape(param) for name, param in params.items()}
             for score in scores:
                 old = [score.get(name, torch.zeros(shape)) for name, shape in shapes.items()]
                 flat_scores.append(torch.cat([tensor.reshape(-1).to(*group[:2]) for tensor in old]))
@@ -73,13 +74,39 @@ class RankAllocatorMixin:
             self._flat_scores[group] = flat_scores, views
         return flat_scores
 
-    @staticmethod
-    def _gradient(param: nn.Parameter) -> torch.Tensor:
-        if deepspeed_config() is not None:
-            import deepspeed
-
-            return deepspeed.utils.safe_get_full_grad(param)
+    def _gradient(self, name: str, param: nn.Parameter) -> torch.Tensor:
+        captured = self.__dict__.get("_captured", {})
+        if name in captured:
+            # of this process, as backward passes leave it
+            gradient = captured.pop(name)
+            if dist.is_initialized():
+                dist.all_reduce(gradient)
+                gradient /= dist.get_world_size()
+            return gradient
+        if has_master_copy(param):
+            raise ValueError(
+                "DeepSpeed clears gradients before the rank allocator can see them; pass `AdaLoraCallback()` to the "
+                "Trainer, or call `rankallocator.capture_gradients(model)` before training."
+            )
         return torch.zeros_like(param) if param.grad is None else param.grad
+
+    def capture_gradients(self, model: nn.Module) -> None:
+        """
+        Keep the sums of the gradients of backward passes for the next `update_ipt`. To be called once before training with
+        DeepSpeed, which steps, and clears the gradients, as part of a backward pass.
+        """
+        for handle in self.__dict__.get("_handles", ()):
+            handle.remove()
+        self._captured, self._handles = {}, []
+        for name, param in model.named_parameters():
+            if "lora_" in name and self.adapter_name in name and param.requires_grad:
+                self._handles.append(param.register_hook(partial(self._add_gradient, name)))
+
+    def _add_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        if name in self._captured:
+            self._captured[name] += gradient
+        else:
+            self._captured[name] = gradient.detach().clone()
 
     def mask_sharded_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
         """`mask_to_budget` for a model whose parameters may be sharded."""

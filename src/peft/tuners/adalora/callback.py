@@ -34,7 +34,7 @@ from .checkpoint import checksum
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator
 from .model import AdaLoraModel
-from .sharding import copy_whole_, whole
+from .sharding import copy_whole_, whole, whole_shape
 
 
 try:
@@ -97,6 +97,12 @@ class AdaLoraCallback(TrainerCallback):
         self._tuner = _tuner_of(model)
         self._saved_step = None
         _check_ranks(self._tuner)
+        if args.deepspeed is not None:
+            if args.fp16:
+                raise ValueError(
+                    "AdaLoraCallback cannot tell the loss scale of DeepSpeed in float16; train in bfloat16 or float32."
+                )
+            self._tuner.rankallocator.capture_gradients(self._tuner.model)
         _set_total_step(self._tuner, state.max_steps)
         if state.global_step > 0:
             folders = [os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")]
@@ -195,9 +201,9 @@ def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
 def _check_ranks(tuner: AdaLoraModel | _InjectedAdaLora) -> None:
     config = tuner.rankallocator.peft_config
     for name, param in _adapter_params(tuner).items():
-        if ".lora_E." in name and len(param) != config.init_r:
+        if ".lora_E." in name and whole_shape(param)[0] != config.init_r:
             raise ValueError(
-                f"{name!r} has rank {len(param)} instead of init_r={config.init_r}, because the adapter was loaded pruned. "
+                f"{name!r} has rank {whole_shape(param)[0]} instead of init_r={config.init_r}, because the adapter was loaded pruned. "
                 "What further training would save could not be loaded; resume from a checkpoint of the Trainer, or merge "
                 "the adapter and train a new one."
             )
@@ -228,7 +234,7 @@ def _rank_pattern(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.Ten
     """Which triplets are kept, bool of shape (r,), by the name of each E."""
     state = tuner.rankallocator.state_dict()
     return {
-        name: state.get(f"rank_pattern.{name}", torch.ones(len(param), dtype=torch.bool))
+        name: state.get(f"rank_pattern.{name}", torch.ones(whole_shape(param)[0], dtype=torch.bool))
         for name, param in _adapter_params(tuner).items()
         if ".lora_E." in name
     }
@@ -285,7 +291,7 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
             dim = 1 if ".lora_B." in name else 0
             expected = expected.index_select(dim, kept.nonzero().view(-1))
             loaded = loaded.narrow(dim, 0, min(expected.shape[dim], loaded.shape[dim]))
-        if saved[name].shape != param.shape or not torch.equal(expected, loaded):
+        if saved[name].shape != whole_shape(param) or not torch.equal(expected, loaded):
             raise ValueError(
                 f"{name!r} in {path} is not what has been loaded into the model; one of the files of the checkpoint is "
                 "broken, or from another run."

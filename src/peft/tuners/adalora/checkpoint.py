@@ -16,7 +16,7 @@
 
 import hashlib
 import os
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Optional
 
 import torch
 from safetensors import SafetensorError
@@ -24,40 +24,10 @@ from safetensors.torch import load_file
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-
-if TYPE_CHECKING:
-    from .config import AdaLoraConfig
+from .config import AdaLoraConfig
 
 
 PREFIX = "base_model.model."
-
-
-class AdaDoraConfigMixin:
-    """How a config with `use_dora_adaptive` is saved and loaded. It goes in front of the config's other base classes."""
-
-    # the folder that it was loaded from
-    loaded_from: Optional[str] = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """
-        The configuration as a dictionary, as it is saved.
-
-        That of AdaDoRA says `use_dora`, too, so that a PEFT without AdaDoRA refuses to load the adapter, as do programs
-        that know no DoRA, instead of using it without its magnitudes.
-        """
-        config = {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
-        if self.weights_sha256 is None:
-            del config["weights_sha256"]
-        return config
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: Optional[str] = None, **kwargs: Any
-    ) -> "AdaLoraConfig":
-        """PEFT's `from_pretrained`, which also notes the folder, so that the weights in there can be checked."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.loaded_from = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        return config
 
 
 def checksum(tensors: dict[str, torch.Tensor]) -> str:
@@ -75,7 +45,7 @@ def adapter_checksum(weights: dict[str, torch.Tensor]) -> str:
     return checksum({key.removeprefix(PREFIX): value for key, value in weights.items() if ".lora_" in key})
 
 
-def check_adapter_file(config: "AdaLoraConfig", layers: dict[str, tuple[int, int]]) -> None:
+def check_adapter_file(config: AdaLoraConfig, layers: dict[str, tuple[int, int]]) -> None:
     """
     Check the weights that were saved with a config, if it was loaded from a folder that has them.
 
@@ -107,7 +77,7 @@ def check_adapter_file(config: "AdaLoraConfig", layers: dict[str, tuple[int, int
 def check_adapter_weights(
     weights: dict[str, torch.Tensor],
     layers: dict[str, tuple[int, int]],
-    config: "AdaLoraConfig",
+    config: AdaLoraConfig,
     source: str,
     max_rank: Optional[int] = None,
 ) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from . import stock_config as stock
-from .checkpoint import AdaDoraConfigMixin
+from .adadora_config import AdaDoraConfigMixin
 
 
 @dataclass

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Parameters of which each process may hold but a part (FSDP2's DTensor)."""
+"""Parameters that another one holds, or a part of them: FSDP2's DTensor, and DeepSpeed's ZeRO."""
 
 import torch
 from torch import nn
@@ -23,21 +23,52 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the values, which are here only while they are gathered."""
+    return hasattr(tensor, "ds_id")
+
+
+def has_master_copy(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO trains copies of the values, and overwrites what is here after each step."""
+    return is_partitioned(tensor) or hasattr(tensor, "_hp_mapping")
+
+
 def has_sharded_parameters(model: nn.Module) -> bool:
-    return any(is_sharded(param) for param in model.parameters())
+    """Whether values of parameters have to be read and written with [`whole`] and [`copy_whole_`]."""
+    return any(is_sharded(param) or has_master_copy(param) for param in model.parameters())
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of [`whole`]."""
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded. Every process has to call this."""
+    """All of a tensor that may be sharded or partitioned. Every process has to call this."""
+    if is_partitioned(tensor) and tensor.numel() != tensor.ds_numel:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
 @torch.no_grad()
 def copy_whole_(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy `values`, the same on every process, into a tensor that may be sharded."""
+    """Copy `values`, the same on every process, into a tensor that may be sharded or partitioned."""
+    values = values.to(tensor.device, tensor.dtype)
+    if has_master_copy(tensor):
+        import deepspeed
+
+        deepspeed.utils.safe_set_full_fp32_param(tensor, values.float())
+    if is_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            tensor.copy_(values)
+        return
     if is_sharded(tensor):
         from torch.distributed.tensor import distribute_tensor
 
-        values = values.to(tensor.device, tensor.dtype)
         values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)
