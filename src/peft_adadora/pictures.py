@@ -20,6 +20,7 @@ WIDTH = 10  # inches
 DPI = 150
 MAX_LABELED_LAYERS = 40  # more have no room for numbers in their cells
 MAX_BOXES = 24
+FEW_ROWS = 1000
 
 LIGHT = {"page": "#ffffff", "ink": "#1f2328", "faint": "#d1d9e0", "line": "#0969da", "dots": "#bc4c00"}
 DARK = {"page": "#0d1117", "ink": "#e6edf3", "faint": "#3d444d", "line": "#58a6ff", "dots": "#f0883e"}
@@ -127,7 +128,9 @@ def _magnitudes(report: Report, colors: dict[str, str]) -> Figure:
         values = short
     figure = _figure(max(3.6, 1.4 + 0.32 * len(values)))
     left, right = figure.subplots(1, 2)
-    left.hist([value for rows in values.values() for value in rows], bins=60, color=colors["line"], log=True)
+    everything = [value for rows in values.values() for value in rows]
+    few = len(everything) < FEW_ROWS  # a logarithmic axis would have no labels
+    left.hist(everything, bins=20 if few else 60, color=colors["line"], log=not few)
     left.set_ylabel("rows")
     right.boxplot(
         list(values.values()),

@@ -287,7 +287,11 @@ def _find_base_norms(report: Report, base_model: Optional[str | Path]) -> None:
     except (OSError, ValueError, SafetensorError) as error:
         if base_model is None:
             return  # it was not asked for, and the report says that it is not there
-        raise error if type(error) is ValueError else ValueError(f"{source} cannot be read: {error}") from error
+        raise (
+            error
+            if type(error) is ValueError
+            else ValueError(f"{source} cannot be read: {' '.join(str(error).split())}")
+        ) from error
     for module in report.modules:
         module.base_norm = norms.get(module.name)
     report.base = str(source)
