@@ -286,6 +286,10 @@ class TestDoctor:
         assert "Why" not in done.stdout and "Fix" not in done.stdout
         assert re.search(r"^peft +0\.21\.9$", done.stdout, flags=re.MULTILINE)
 
+    def test_comes_with_the_report(self, installed, stand_in):
+        pytest.importorskip("matplotlib")
+        installed.run("-c", "from peft_adadora import figures, read_report", python_path=[stand_in])
+
     def test_says_so_from_python(self, wheel, stand_in):
         done = wheel.run("-c", "import peft_adadora; print(peft_adadora.doctor().active)", python_path=[stand_in])
         assert done.stdout == "True\n"

@@ -179,7 +179,7 @@ class TestMagnitudes:
         del weights["last.weight"]
         save_file(weights, base / "model.safetensors")
         text = str(read_report(adapter, base))
-        assert "1 modules have no weight there" in text
+        assert "1 of the modules without a weight there" in text
         assert re.search(r"^last .* not known +not known +not known$", text, flags=re.MULTILINE)
 
     def test_are_read_from_shards(self, saved):

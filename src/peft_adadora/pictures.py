@@ -91,18 +91,18 @@ def _ranks(report: Report) -> Figure:
     for module in report.modules:
         layer, name = module.place
         cells[names.index(name)][layers.index(layer)] = module.rank
-    figure = _figure(1.4 + 0.32 * len(names))
+    parents = {layer.rpartition(".")[0] for layer in layers if layer}
+    figure = _figure(1.6 + 0.32 * len(names) + 0.9 * (len(parents) > 1))
     axes = figure.subplots()
     init_r = max(module.init_r for module in report.modules)
     image = axes.imshow(cells, aspect="auto", vmin=0, vmax=init_r, cmap="viridis")
-    figure.colorbar(image, ax=axes, label="rank", ticks=MaxNLocator(integer=True), pad=0.01)
+    figure.colorbar(image, ax=axes, label="rank", ticks=MaxNLocator(4, integer=True), fraction=0.02, pad=0.01)
     if len(layers) <= MAX_LABELED_LAYERS:
         for module in report.modules:
             layer, name = module.place
             color = "black" if module.rank >= init_r / 2 else "white"
             place = layers.index(layer), names.index(name)
             axes.annotate(str(module.rank), place, ha="center", va="center", color=color, fontsize=8)
-    parents = {layer.rpartition(".")[0] for layer in layers if layer}
     short = [layer.rpartition(".")[2] if len(parents) == 1 else layer for layer in layers]
     step = -(-len(layers) // MAX_LABELED_LAYERS)
     axes.set_xticks(range(0, len(layers), step), [label or "-" for label in short[::step]])
@@ -131,6 +131,8 @@ def _magnitudes(report: Report, colors: dict[str, str]) -> Figure:
     everything = [value for rows in values.values() for value in rows]
     few = len(everything) < FEW_ROWS  # a logarithmic axis would have no labels
     left.hist(everything, bins=20 if few else 60, color=colors["line"], log=not few)
+    if not few:
+        left.set_ylim(bottom=0.7)
     left.set_ylabel("rows")
     right.boxplot(
         list(values.values()),

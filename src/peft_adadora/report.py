@@ -365,7 +365,7 @@ def summary(report: Report) -> list[str]:
     change = report.change
     if change is not None:
         unknown = sum(module.base_norm is None for module in modules)
-        rest = f"; {unknown} modules have no weight there" if unknown else ""
+        rest = f"; {unknown} of the modules without a weight there" if unknown else ""
         lines.append(
             f"Magnitudes: {percent(change.abs().mean().item())} mean drift |m - ‖W‖| / ‖W‖ over {len(change):,} rows, base "
             f"weights from {report.base}{rest}."
