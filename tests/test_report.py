@@ -14,7 +14,7 @@ from torch import nn
 from trainer_run import STEPS, make_adalora_config, make_llama, make_trainer
 
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from peft_adadora.report import Module, read_report
+from peft_adadora.report import Module, budget_table, read_report
 
 
 pytestmark = pytest.mark.overlay
@@ -213,6 +213,20 @@ class TestBudget:
         assert [entry["adalora_budget"] for entry in report.log] == [report.budget(step) for step in range(STEPS)]
         assert report.log_file == report.folder / "trainer_state.json"
 
+    def test_stands_in_the_table_beside_what_was_logged(self, run):
+        header, rows = budget_table(read_report(run.args.output_dir))
+        assert header[:4] == ["step", "schedule", "logged budget", "ranks kept"]
+        log = [entry for entry in run.state.log_history if "adalora_mean_rank" in entry]
+        for row, entry in zip(rows, log, strict=True):
+            budget = str(entry["adalora_budget"])
+            assert row[:4] == [str(entry["step"]), budget, budget, str(round(6 * entry["adalora_mean_rank"]))]
+            if "adalora_magnitude_drift" in entry:
+                assert row[4:] == [f"{100 * entry['adalora_magnitude_drift']:.2f} %"]
+
+    def test_table_of_a_long_run_is_thinned_out_from_the_first_to_the_last_log(self, run):
+        _, rows = budget_table(read_report(run.args.output_dir), max_rows=4)
+        assert [row[0] for row in rows] == ["1", "6", "11", "16"]
+
     def test_is_not_shown_without_a_log(self, saved):
         _, adapter, _ = saved
         assert "logged budget" not in str(read_report(adapter))
@@ -302,6 +316,7 @@ class TestBrokenInput:
         "weights, sentence",
         [
             ({"somewhere.weight": torch.ones(4, 4)}, "is not the base model: it has no weight of first"),
+            ({"first.weight": torch.ones(16, 10, dtype=torch.int8)}, r"first\.weight in .* but I8 .* not quantized"),
             ({"first.weight": torch.ones(3, 10)}, r"is not the base model: its first\.weight has 3 rows"),
         ],
     )

@@ -26,6 +26,7 @@ BASE_FILE = "model.safetensors"
 BASE_INDEX_FILE = "model.safetensors.index.json"
 PREFIX = "base_model.model."
 BLOCK_ROWS = 1024
+FLOATS = ("F16", "BF16", "F32", "F64")
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -339,6 +340,11 @@ def _row_norm(file: Path, key: str) -> torch.Tensor:
     """‖W‖ of each row, of shape (out,), in float32 whatever the dtype of the weight."""
     with safe_open(file, "pt") as opened:
         weight = opened.get_slice(key)
+        if weight.get_dtype() not in FLOATS or len(weight.get_shape()) != 2:
+            raise ValueError(
+                f"The base weight {key} in {file} is no matrix of floating point numbers but {weight.get_dtype()} of shape "
+                f"{tuple(weight.get_shape())}; name weights that are not quantized."
+            )
         rows = weight.get_shape()[0]
         blocks = [weight[start : start + BLOCK_ROWS].float() for start in range(0, rows, BLOCK_ROWS)]
         return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
