@@ -12,6 +12,7 @@ from helpers import make_config, make_mlp, make_peft_mlp, svd_layers, train
 from safetensors.torch import load_file, save_file
 from torch import nn
 from trainer_run import STEPS, make_adalora_config, make_llama, make_trainer
+from transformers.pytorch_utils import Conv1D
 
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft_adadora.report import Module, budget_table, read_report
@@ -173,6 +174,20 @@ class TestMagnitudes:
         change = read_report(tmp_path, tmp_path).change
         assert len(change) == 32 and change.abs().max() < 1e-6
 
+    @pytest.mark.parametrize("name", ["conv2d", "conv1d", "square conv1d"])
+    def test_base_weights_need_not_be_those_of_linear_layers(self, tmp_path, name):
+        torch.manual_seed(0)
+        layer = {"conv2d": nn.Conv2d(4, 6, 3, groups=2), "conv1d": Conv1D(6, 4), "square conv1d": Conv1D(4, 4)}[name]
+        model = nn.ModuleDict({"layer": layer})
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        is_transposed = isinstance(layer, Conv1D)
+        config = make_config(init_r=3, target_modules=["layer"], fan_in_fan_out=is_transposed)
+        get_peft_model(model, config).save_pretrained(tmp_path)
+        module = read_report(tmp_path, tmp_path).modules[0]
+        weight = layer.weight.T if is_transposed else layer.weight.flatten(1)
+        torch.testing.assert_close(module.base_norm, weight.norm(dim=1).detach())
+        assert module.change.abs().max() < 1e-6
+
     def test_of_a_module_that_the_base_weights_lack_are_not_known(self, saved):
         _, adapter, base = saved
         weights = load_file(base / "model.safetensors")
@@ -316,8 +331,14 @@ class TestBrokenInput:
         "weights, sentence",
         [
             ({"somewhere.weight": torch.ones(4, 4)}, "is not the base model: it has no weight of first"),
-            ({"first.weight": torch.ones(16, 10, dtype=torch.int8)}, r"first\.weight in .* but I8 .* not quantized"),
-            ({"first.weight": torch.ones(3, 10)}, r"is not the base model: its first\.weight has 3 rows"),
+            (
+                {"first.weight": torch.ones(16, 10, dtype=torch.int8)},
+                r"first\.weight in .* is I8 of shape .* not quantized",
+            ),
+            (
+                {"first.weight": torch.ones(3, 10)},
+                r"first\.weight in .* is F32 of shape \(3, 10\), but .* of shape \(16, 10\)",
+            ),
         ],
     )
     def test_base_weights_of_another_model_are_refused_if_they_were_asked_for(self, saved, weights, sentence):

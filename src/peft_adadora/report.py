@@ -8,6 +8,7 @@ weights are at hand. Where they are not, the report has the magnitudes themselve
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ Table = tuple[list[str], list[list[str]]]
 @dataclass
 class Module:
     """
-    An adapted linear layer.
+    An adapted layer.
 
     Args:
         name (`str`):
@@ -47,6 +48,8 @@ class Module:
             Learned row lengths, of shape (out,). `None` for plain AdaLoRA.
         base_norm (`torch.Tensor`, *optional*):
             Row norms of the base weight, of shape (out,), if it was at hand.
+        in_features (`int`, *optional*):
+            Columns of the base weight as a matrix.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Module:
     init_r: int
     magnitude: Optional[torch.Tensor] = None
     base_norm: Optional[torch.Tensor] = None
+    in_features: Optional[int] = None
 
     @property
     def place(self) -> tuple[str, str]:
@@ -241,7 +245,7 @@ def _read_modules(folder: Path, config: dict[str, Any]) -> list[Module]:
                 f"{name} has the ranks {len(A)}, {len(E)} and {B.shape[1]} in A, E and B in {path}, which do not fit each "
                 f"other or the config, according to which {sum(mask)} of {len(mask)} are kept."
             )
-        module = Module(name, rank=sum(mask), init_r=len(mask))
+        module = Module(name, rank=sum(mask), init_r=len(mask), in_features=math.prod(A.shape[1:]))
         if len(parts) == 4:
             module.magnitude = weights[f"{name}.lora_magnitude"].flatten().float()
             if len(module.magnitude) != len(B) or not module.magnitude.isfinite().all():
@@ -276,15 +280,12 @@ def _find_base_norms(report: Report, base_model: Optional[str | Path]) -> None:
         keys = _base_keys(report.modules, files)
         if not keys:
             raise ValueError(f"{source} is not the base model: it has no weight of {report.modules[0].name}.")
-        norms = {}
-        for module in report.modules:
-            if module.name in keys:
-                norms[module.name] = _row_norm(files[keys[module.name]], keys[module.name])
-                if norms[module.name].shape != module.magnitude.shape:
-                    raise ValueError(
-                        f"{source} is not the base model: its {keys[module.name]} has {len(norms[module.name])} rows, but "
-                        f"{module.name} has {len(module.magnitude)} magnitudes."
-                    )
+        transposed = bool(report.config.get("fan_in_fan_out"))
+        norms = {
+            module.name: _row_norm(files[keys[module.name]], keys[module.name], module, transposed)
+            for module in report.modules
+            if module.name in keys
+        }
     except (OSError, ValueError, SafetensorError) as error:
         if base_model is None:
             return  # it was not asked for, and the report says that it is not there
@@ -336,18 +337,27 @@ def _base_keys(modules: Sequence[Module], keys: Sequence[str]) -> dict[str, str]
     return best
 
 
-def _row_norm(file: Path, key: str) -> torch.Tensor:
-    """‖W‖ of each row, of shape (out,), in float32 whatever the dtype of the weight."""
+def _row_norm(file: Path, key: str, module: Module, transposed: bool) -> torch.Tensor:
+    """
+    ‖W‖ of each row of W as a matrix of shape (out, in), of shape (out,), in float32 whatever the dtype of the weight.
+
+    A `Conv1D` of transformers stores it as (in, out). A square one can be told from a linear layer by `transposed` only.
+    """
+    out_features, in_features = len(module.magnitude), module.in_features
     with safe_open(file, "pt") as opened:
         weight = opened.get_slice(key)
-        if weight.get_dtype() not in FLOATS or len(weight.get_shape()) != 2:
+        dtype, shape = weight.get_dtype(), tuple(weight.get_shape())
+        as_rows = shape[:1] == (out_features,) and math.prod(shape[1:]) == in_features
+        as_columns = shape == (in_features, out_features)
+        if dtype not in FLOATS or not (as_rows or as_columns):
             raise ValueError(
-                f"The base weight {key} in {file} is no matrix of floating point numbers but {weight.get_dtype()} of shape "
-                f"{tuple(weight.get_shape())}; name weights that are not quantized."
+                f"{key} in {file} is {dtype} of shape {shape}, but the adapter needs floating point numbers of shape "
+                f"{(out_features, in_features)}; name its base model, not quantized."
             )
-        rows = weight.get_shape()[0]
-        blocks = [weight[start : start + BLOCK_ROWS].float() for start in range(0, rows, BLOCK_ROWS)]
-        return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
+        blocks = (weight[start : start + BLOCK_ROWS].float() for start in range(0, shape[0], BLOCK_ROWS))
+        if as_rows and not (as_columns and transposed):
+            return torch.cat([torch.linalg.vector_norm(block.flatten(1), dim=1) for block in blocks])
+        return sum(block.square().sum(0) for block in blocks).sqrt()
 
 
 def percent(value: float, sign: bool = False) -> str:
