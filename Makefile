@@ -8,7 +8,7 @@ demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
 
 test: .venv/installed  ## all tests but PEFT's own
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: .venv/installed  ## kill and resume a run 200 times (about 10 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak

@@ -25,6 +25,6 @@ class build_py_with_start_up_file(build_py):
 setup(
     package_dir={"": "src", "peft_adadora.peft": "src/peft"},
     packages=["peft_adadora", "peft_adadora.peft.tuners.adalora"],
-    py_modules=["_peft_adadora"],
+    py_modules=["_peft_adadora", "_peft_adadora_command"],
     cmdclass={"build_py": build_py_with_start_up_file},
 )

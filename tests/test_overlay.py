@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,20 @@ if __name__ == "__main__":
     worker.start()
     worker.join()
     raise SystemExit(worker.exitcode)
+"""
+
+HOOK = """\
+import sys
+from importlib.machinery import PathFinder
+
+
+class InFront:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, path) if name == "peft.tuners.adalora" else None
+
+
+sys.meta_path.insert(0, InFront)
 """
 
 STAND_IN_CONFIG = """\
@@ -259,6 +274,72 @@ class TestWithoutStartUpFile:
         error = done.stderr.splitlines()[-1]
         assert error.startswith("ImportError: ")
         assert "restart Python and import peft_adadora before peft" in error
+
+
+DOCTOR = "from _peft_adadora_command import main; raise SystemExit(main(['doctor']))"
+
+
+class TestDoctor:
+    def test_says_that_adadora_is_active(self, installed, stand_in):
+        done = installed.run(installed.python.with_name("peft-adadora"), "doctor", python_path=[stand_in])
+        assert "AdaDoRA is active in this environment." in done.stdout
+        assert "Why" not in done.stdout and "Fix" not in done.stdout
+        assert re.search(r"^peft +0\.21\.9$", done.stdout, flags=re.MULTILINE)
+
+    def test_comes_with_the_report(self, installed, stand_in):
+        pytest.importorskip("matplotlib")
+        installed.run("-c", "from peft_adadora import figures, read_report", python_path=[stand_in])
+
+    def test_says_so_from_python(self, wheel, stand_in):
+        done = wheel.run("-c", "import peft_adadora; print(peft_adadora.doctor().active)", python_path=[stand_in])
+        assert done.stdout == "True\n"
+
+    def test_says_which_peft_to_install_instead_of_an_unsupported_one(self, wheel, unsupported):
+        done = wheel.run("-c", DOCTOR, python_path=[unsupported], check=False)
+        assert done.returncode == 1
+        assert "AdaDoRA is not active in this environment." in done.stdout
+        assert "Why: peft 0.99.0 is not supported, only peft >=0.21.0,<0.22 is." in done.stdout
+        assert 'Fix: pip install "peft>=0.21.0,<0.22"' in done.stdout
+
+    def test_says_that_peft_is_not_installed(self, wheel):
+        done = wheel.run("-S", "-c", DOCTOR, python_path=[wheel.site_packages], check=False)
+        assert done.returncode == 1
+        assert "Why: PEFT is not installed." in done.stdout
+
+    def test_says_that_start_up_files_are_not_read(self, run_code_without_start_up_file):
+        done = run_code_without_start_up_file(DOCTOR, check=False)
+        assert done.returncode == 1
+        assert "started with -S" in done.stdout or "is no site folder" in done.stdout
+        assert "import `peft_adadora` before `peft`" in done.stdout
+
+    def test_says_that_the_start_up_file_is_missing(self, stand_in, tmp_path):
+        environment = Environment(tmp_path / "environment").install("wheel")
+        (environment.site_packages / "peft_adadora.pth").unlink()
+        done = environment.run("-c", DOCTOR, python_path=[stand_in], check=False)
+        assert done.returncode == 1
+        assert "peft_adadora.pth is missing" in done.stdout
+        assert "Fix: pip install --force-reinstall --no-deps peft-adadora" in done.stdout
+
+    def test_says_that_something_else_is_imported_as_peft(self, wheel, tmp_path):
+        (tmp_path / "peft.py").touch()
+        done = wheel.run("-c", DOCTOR, python_path=[tmp_path], check=False)
+        assert done.returncode == 1
+        assert f"is not PEFT but {tmp_path / 'peft.py'}" in done.stdout
+
+    def test_says_what_keeps_peft_from_being_imported(self, wheel, stand_in, tmp_path):
+        broken = shutil.copytree(stand_in, tmp_path / "broken")
+        (broken / "peft" / "__init__.py").write_text("import gone\n")
+        done = wheel.run("-c", DOCTOR, python_path=[broken], check=False)
+        assert done.returncode == 1
+        assert "PEFT cannot be imported (ModuleNotFoundError: No module named 'gone')." in done.stdout
+
+    def test_says_that_another_import_hook_is_in_front(self, wheel, stand_in, tmp_path):
+        folder = tmp_path / "hook"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(HOOK)
+        done = wheel.run("-c", DOCTOR, python_path=[folder, stand_in], check=False)
+        assert done.returncode == 1
+        assert "Another import hook" in done.stdout and "InFront" in done.stdout
 
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])

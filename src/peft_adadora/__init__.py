@@ -1,7 +1,8 @@
 """AdaDoRA for PEFT: `AdaLoraConfig(..., use_dora_adaptive=True)`.
 
 `AdaLoraCallback`, for the Trainer of transformers, can be imported from here as well as from `peft.tuners.adalora`;
-nothing else needs to be. AdaDoRA is active in every interpreter that reads the start-up file of this
+nothing else needs to be. `read_report` and `figures` show what a run has learned, `doctor` whether AdaDoRA is active; the
+command `peft-adadora` does the same. AdaDoRA is active in every interpreter that reads the start-up file of this
 package, that is, in any ordinary environment where it is installed. Where start-up files are not read (`python -S`, or
 `pip install --target` with `PYTHONPATH`), import this package before `peft`.
 
@@ -10,6 +11,7 @@ already imported without AdaDoRA.
 """
 
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,9 +38,16 @@ if _adalora is not None and _overlay.overlay_folder() not in _adalora.__path__:
     )
 
 
-def __getattr__(name: str) -> Any:
-    if name == "AdaLoraCallback":
-        from peft.tuners.adalora import AdaLoraCallback
+# imported when they are asked for, because some import torch and others matplotlib
+_PLACES = {
+    "AdaLoraCallback": "peft.tuners.adalora",
+    "doctor": "_peft_adadora_command",
+    "read_report": "peft_adadora.report",
+    "figures": "peft_adadora.pictures",
+}
 
-        return AdaLoraCallback
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
