@@ -26,6 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 PATCH = HERE / "adadora.patch"
+PATCH_OF_TESTS = HERE / "tests.patch"
 OURS = ROOT / "src" / "peft" / "tuners" / "adalora"
 # PEFT's tests for what the change could touch: AdaLoRA wherever it is tested, and these files as a whole
 FILES_OF_PEFT = ["test_mixed.py", "test_config.py", "test_lora_variants.py"]
@@ -54,15 +55,15 @@ def fetch(folder: Path, *requirement: str) -> Path | None:
     return folder / archives[0].name.removesuffix(".tar.gz")
 
 
-def apply(tree: Path, reject: bool = False) -> subprocess.CompletedProcess:
-    """Copy our new modules into PEFT's tree and edit its own."""
+def apply(tree: Path, patch: Path = PATCH, reject: bool = False) -> subprocess.CompletedProcess:
+    """Copy our new modules into PEFT's tree and edit its own files."""
     target = tree / "src" / "peft" / "tuners" / "adalora"
     for module in OURS.glob("*.py"):
         if not (target / module.name).exists():
             shutil.copy(module, target)
     # outside of any repository, or git takes the paths as those of the repository that FOLDER is in
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
-    command = ["git", "apply", "--unidiff-zero", *(["--reject"] if reject else []), str(PATCH)]
+    command = ["git", "apply", "--unidiff-zero", *(["--reject"] if reject else []), str(patch)]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -135,6 +136,26 @@ def run_tests_of_peft(python: Path, tree: Path, report: Path) -> dict[str, str]:
     return outcomes | run_tests(python, tree, report, [*options, "tests", "-k", SELECTION, *others])
 
 
+def check_style(python: Path, tree: Path) -> int:
+    """Run the linter of PEFT, in the version that it asks for, on what the change touches. Returns its exit code."""
+    version = re.search(r'^required-version = "(.*)"', (tree / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"ruff{version}"], check=True)
+    ruff = [python, "-m", "ruff"]
+    touched = ["src/peft/tuners/adalora", "tests/test_custom_models.py", "tests/test_config.py"]
+    lint = subprocess.run([*ruff, "check", "--quiet", *touched], cwd=tree, check=False)
+    layout = subprocess.run([*ruff, "format", "--check", "--quiet", *touched], cwd=tree, check=False)
+    return lint.returncode or layout.returncode
+
+
+def run_new_tests_of_peft(python: Path, tree: Path, report: Path) -> dict[str, str]:
+    """Add AdaDoRA to the tables of PEFT's tests, and run what they make of it."""
+    result = apply(tree, PATCH_OF_TESTS)
+    if result.returncode:
+        raise SystemExit(f"{PATCH_OF_TESTS.name} does not apply: {result.stderr}")
+    options = ["-p", "no_waiting", "-o", "addopts=", "tests/test_custom_models.py", "-k", "AdaDoRA"]
+    return run_tests(python, tree, report, options)
+
+
 def summary(outcomes: dict[str, str]) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in sorted(Counter(outcomes.values()).items()))
 
@@ -188,17 +209,26 @@ def main() -> int:
     subprocess.run([*install, patched], check=True)
     ours = run_tests(python, ROOT / "tests", folder / "ours.xml", ["-m", "not overlay and not soak", "."])
     print(f"this project's behavioural tests: {summary(ours)}", flush=True)
+    (patched / "no_waiting.py").write_text(NO_WAITING)
+    new = run_new_tests_of_peft(python, patched, folder / "new.xml")
+    print(f"PEFT's tests of custom models, with AdaDoRA in their table: {summary(new)}", flush=True)
+    has_style = check_style(python, patched) == 0
+    print(f"PEFT's linter: {'clean' if has_style else 'not clean'}", flush=True)
 
     without, with_ = outcomes.get("without the change", {}), outcomes.get("with the change", {})
     different = sorted(test for test in without.keys() | with_.keys() if without.get(test) != with_.get(test))
     for test in different:
         print(f"differs: {test}: {without.get(test)} without the change, {with_.get(test)} with it")
-    failed = sorted(test for test, outcome in ours.items() if outcome in ("failure", "error"))
+    failed = sorted(test for test, outcome in (ours | new).items() if outcome in ("failure", "error"))
     for test in failed:
-        print(f"{ours[test]}: {test}")
+        print(f"failed: {test}")
     report_newer_release(folder, pinned)
-    nothing_ran = "passed" not in ours.values() or (not options.only_ours and "passed" not in without.values())
-    return 1 if different or failed or nothing_ran else 0
+    nothing_ran = (
+        "passed" not in ours.values()
+        or "passed" not in new.values()
+        or (not options.only_ours and "passed" not in without.values())
+    )
+    return 1 if different or failed or nothing_ran or not has_style else 0
 
 
 if __name__ == "__main__":

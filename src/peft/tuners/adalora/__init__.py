@@ -18,7 +18,7 @@ from . import stock___init__ as stock
 from .stock___init__ import *
 
 
-__all__ = stock.__all__ + ["AdaLoraCallback"]
+__all__ = stock.__all__
 
 
 def __getattr__(name: str) -> Any:

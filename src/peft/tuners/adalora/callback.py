@@ -256,7 +256,8 @@ def _write(tensors: dict[str, torch.Tensor], folder: str) -> None:
 def _read(path: str) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
             expected = (file.metadata() or {}).get("sha256")
     except SafetensorError as error:
         raise ValueError(f"{path} is broken ({error}); resume from another checkpoint.") from error
