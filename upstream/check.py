@@ -87,6 +87,7 @@ def make_environment(folder: Path) -> Path:
         "deepspeed",
         "hypothesis",
         "psutil",
+        "pytest-xdist",
         "pyyaml",
         "tqdm",
         "transformers",
