@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test soak quality style bench peft-tests upstream-check mutants clean
+.PHONY: demo test soak quality style bench peft-tests upstream-check mutants matrix clean
 
 demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
@@ -38,8 +38,12 @@ mutants: .venv/installed build/upstream/patched  ## break the code on purpose, a
 build/upstream/patched:
 	$(BIN)/python upstream/check.py build/upstream --only-ours
 
+matrix: .venv/installed  ## the behavioural tests with other versions, on the Pythons that are here (about 15 minutes)
+	$(INSTALL) nox
+	$(BIN)/nox
+
 clean:
-	rm -rf .venv build
+	rm -rf .venv .nox build
 
 # torch goes first and alone, so that nothing resolves to a build with CUDA packages
 .venv/installed: pyproject.toml setup.py constraints.txt
