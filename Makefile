@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test soak quality style bench peft-tests upstream-check mutants matrix clean
+.PHONY: demo test soak quality style bench peft-tests upstream-check mutants matrix compare docs clean
 
 demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
@@ -24,6 +24,13 @@ style: .venv/installed  ## format
 bench: .venv/installed  ## time, memory and accuracy against PEFT's AdaLoRA and DoRA (about 22 minutes)
 	$(INSTALL) -e '.[bench]'
 	$(BIN)/python benchmarks/run.py --output build/benchmarks
+
+compare: .venv/installed  ## LoRA, DoRA, AdaLoRA and AdaDoRA on real data (about 80 minutes)
+	$(INSTALL) -e '.[compare]'
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/method_comparison/compare.py
+
+docs: .venv/installed  ## build the site, and check its links
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs docs/source build/docs
 
 peft-tests: .venv/installed  ## PEFT's own tests for AdaLoRA, with and without us (about half an hour)
 	$(INSTALL) -e '.[peft-tests]'

@@ -1,0 +1,128 @@
+"""What a reviewer would ask: AdaDoRA with one thing changed."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer, SVDLinear
+
+
+ADAPTER = "default"
+NO_REGULARIZATION = 1e-9  # PEFT refuses 0
+
+
+class Ablation:
+    """No change at all. Each ablation overrides what it changes."""
+
+    allocates_first = False
+
+    def change(self, model: PeftModel) -> None:
+        """Change a fresh model."""
+
+    def groups(self, model: PeftModel, lr: float) -> list[dict[str, Any]]:
+        """The optimizer's groups of parameters."""
+        return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+
+    def after_allocation(self, model: PeftModel) -> None:
+        """Called at the end of each step."""
+
+
+def layers(model: PeftModel) -> list[AdaLoraLayer]:
+    return [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
+
+
+class FixedMagnitude(Ablation):
+    def change(self, model: PeftModel) -> None:
+        for layer in layers(model):
+            layer.lora_magnitude[ADAPTER].requires_grad_(False)
+
+
+class DifferentiatedNormLinear(SVDLinear):
+    """AdaDoRA with a dense norm that gradients flow through."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        base_layer = self.get_base_layer()
+        adapted = base_layer.weight + self.get_delta_weight(ADAPTER)
+        magnitude = self.lora_magnitude[ADAPTER]
+        norm = torch.linalg.vector_norm(adapted, dim=1, keepdim=True)
+        return nn.functional.linear(x, magnitude / norm * adapted, base_layer.bias)
+
+
+class DifferentiatedNorm(Ablation):
+    def change(self, model: PeftModel) -> None:
+        for layer in layers(model):
+            layer.__class__ = DifferentiatedNormLinear
+
+
+class LearningRate(Ablation):
+    """Some of the parameters have a learning rate of their own."""
+
+    def __init__(self, part: str, factor: float) -> None:
+        self.part = part
+        self.factor = factor
+
+    def groups(self, model: PeftModel, lr: float) -> list[dict[str, Any]]:
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return [
+            {"params": [parameter for name, parameter in named if self.part not in name]},
+            {"params": [parameter for name, parameter in named if self.part in name], "lr": self.factor * lr},
+        ]
+
+
+class Regularization(Ablation):
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def change(self, model: PeftModel) -> None:
+        model.peft_config[ADAPTER].orth_reg_weight = self.weight
+
+
+class AllocationFirst(Ablation):
+    allocates_first = True
+
+
+class ScaleOfKeptRank(Ablation):
+    """Divide `lora_alpha` by the rank that is kept instead of that of the start."""
+
+    @torch.no_grad()
+    def after_allocation(self, model: PeftModel) -> None:
+        for layer in layers(model):
+            layer.ranknum[ADAPTER].fill_(max(1, int(layer.lora_E[ADAPTER].count_nonzero())))
+
+
+class OrthonormalStart(Ablation):
+    @torch.no_grad()
+    def change(self, model: PeftModel) -> None:
+        for layer in layers(model):
+            nn.init.orthogonal_(layer.lora_A[ADAPTER])
+            nn.init.orthogonal_(layer.lora_B[ADAPTER])
+
+
+class LoraStart(Ablation):
+    """E is 1, B is 0 and A as in LoRA, so that B learns from the first step on; without the regularization, which B fails."""
+
+    @torch.no_grad()
+    def change(self, model: PeftModel) -> None:
+        model.peft_config[ADAPTER].orth_reg_weight = NO_REGULARIZATION
+        for layer in layers(model):
+            nn.init.kaiming_uniform_(layer.lora_A[ADAPTER], a=5**0.5)
+            nn.init.ones_(layer.lora_E[ADAPTER])
+            nn.init.zeros_(layer.lora_B[ADAPTER])
+
+
+ABLATIONS = {
+    "magnitude fixed": FixedMagnitude(),
+    "norm in the gradient": DifferentiatedNorm(),
+    "learning rate of m / 10": LearningRate("lora_magnitude", 0.1),
+    "learning rate of m · 10": LearningRate("lora_magnitude", 10),
+    "learning rate of E · 10": LearningRate("lora_E", 10),
+    "no regularization": Regularization(NO_REGULARIZATION),
+    "allocation before the optimizer's step": AllocationFirst(),
+    "scale by the rank kept": ScaleOfKeptRank(),
+    "orthonormal start": OrthonormalStart(),
+    "LoRA's start": LoraStart(),
+}
+# another learning rate may suit these, so they have trials of their own
+TUNED = ("orthonormal start", "LoRA's start")

@@ -1,0 +1,138 @@
+"""Which runs make the comparison, and what was recorded of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any, Optional
+
+from ablations import ABLATIONS, TUNED
+from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run
+
+
+Record = dict[str, Any]
+Log = dict[Run, Record]
+# each method tries the same learning rates and scales, and the adaptive ones take turns between the schedules
+TRIALS = tuple(
+    (lr, scale, ("early", "late")[(row + column) % 2])
+    for (row, lr), (column, scale) in product(enumerate((7e-4, 2.5e-3, 9e-3, 3e-2)), enumerate((1.0, 4.0)))
+)
+TUNING_SEEDS = (1000, 1001)
+# so many of the trials have a second run, at the highest rank, where too high a learning rate shows
+FINALISTS = 3
+# of the tuning runs, the ablations and the comparison at equal numbers of parameters
+RANK = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    Where the methods are compared.
+
+    Args:
+        task: Name of the task.
+        examples: How many training examples; `None` is all.
+        steps: Number of optimizer steps.
+        ranks: The budgets.
+    """
+
+    task: str
+    examples: Optional[int]
+    steps: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Args:
+        cells: Where the methods are compared.
+        trials: Learning rate, scale and schedule of the trials that each method has in each cell.
+        seeds: Seeds of the runs that are tested.
+        ablated: The cell of the ablations and of the comparison at equal numbers of parameters, if any.
+    """
+
+    cells: tuple[Cell, ...]
+    trials: tuple[tuple[float, float, str], ...]
+    seeds: tuple[int, ...]
+    ablated: Optional[Cell] = None
+
+    def tuning(self, cell: Cell, method: str, ablation: Optional[str] = None) -> list[Run]:
+        adaptive = method in (ADALORA, ADADORA)
+        return [
+            Run(
+                task=cell.task,
+                examples=cell.examples,
+                steps=cell.steps,
+                method=method,
+                rank=RANK,
+                lr=lr,
+                scale=scale,
+                seed=TUNING_SEEDS[0],
+                split="validation",
+                schedule=schedule if adaptive else None,
+                ablation=ablation,
+            )
+            for lr, scale, schedule in self.trials
+        ]
+
+    def finalists(self, log: Log, cell: Cell, method: str, ablation: Optional[str] = None) -> list[list[Run]]:
+        """Both runs of the best trials, of equals the first."""
+        runs = sorted(self.tuning(cell, method, ablation), key=lambda run: -log[run]["accuracy"])
+        return [[run, replace(run, seed=TUNING_SEEDS[1], rank=max(cell.ranks))] for run in runs[:FINALISTS]]
+
+    def chosen(self, log: Log, cell: Cell, method: str, ablation: Optional[str] = None) -> Run:
+        finalists = self.finalists(log, cell, method, ablation)
+        return max(finalists, key=lambda runs: sum(log[run]["accuracy"] for run in runs))[0]
+
+    def tests(self, run: Run, **changes: Any) -> list[Run]:
+        return [replace(run, seed=seed, split="test", **changes) for seed in self.seeds]
+
+    def compared(self, log: Log, cell: Cell, method: str, rank: int) -> list[Run]:
+        return self.tests(self.chosen(log, cell, method), rank=rank)
+
+    def ablation(self, log: Log, name: str) -> list[Run]:
+        run = self.chosen(log, self.ablated, ADADORA, name if name in TUNED else None)
+        return self.tests(run, ablation=name)
+
+    def equal_parameters(self, log: Log, method: str) -> list[Run]:
+        """LoRA or DoRA at the rank that has nearly as many parameters as AdaDoRA trains."""
+        aim = log[self.compared(log, self.ablated, ADADORA, RANK)[0]]["parameters"]
+        lora, this = (log[self.compared(log, self.ablated, name, RANK)[0]]["parameters"] for name in (LORA, method))
+        rank = RANK + round((aim - this) / (lora / RANK))
+        return self.tests(self.chosen(log, self.ablated, method), rank=rank)
+
+    def stages(self, log: Log) -> Iterator[list[Run]]:
+        """All runs, in lists that need the records of those before."""
+        for cell in self.cells:
+            candidates = [(method, None) for method in METHODS]
+            if cell == self.ablated:
+                candidates += [(ADADORA, name) for name in TUNED]
+            yield [run for candidate in candidates for run in self.tuning(cell, *candidate)]
+            yield [runs[1] for candidate in candidates for runs in self.finalists(log, cell, *candidate)]
+            yield [run for rank in cell.ranks for method in METHODS for run in self.compared(log, cell, method, rank)]
+            if cell == self.ablated:
+                yield [run for name in ABLATIONS for run in self.ablation(log, name)]
+                yield [run for method in (LORA, DORA) for run in self.equal_parameters(log, method)]
+
+
+ABLATED = Cell("headlines", 200, steps=100, ranks=(2, 4, 8))
+FULL = Plan(
+    cells=(
+        Cell("headlines", 50, steps=50, ranks=(2, 4, 8)),
+        ABLATED,
+        Cell("headlines", None, steps=120, ranks=(2, 4, 8)),
+        Cell("digits", 200, steps=100, ranks=(4,)),
+    ),
+    trials=TRIALS,
+    seeds=(0, 1, 2, 3, 4),
+    ablated=ABLATED,
+)
+QUICK = Plan(
+    cells=(Cell("headlines", 50, steps=30, ranks=(4,)), Cell("digits", 200, steps=30, ranks=(4,))),
+    trials=TRIALS[2:6],
+    seeds=(0, 1),
+)
+
+
+def run_of(record: Record) -> Run:
+    return Run(**{field.name: record[field.name] for field in fields(Run)})

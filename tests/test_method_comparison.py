@@ -1,0 +1,224 @@
+"""The comparison trains what it says, keeps its test examples apart, and computes its intervals rightly."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+
+pytestmark = pytest.mark.overlay
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FOLDER = BENCHMARKS / "method_comparison"
+METHODS = ["LoRA", "DoRA", "AdaLoRA", "AdaDoRA"]
+ADAPTIVE = ["AdaLoRA", "AdaDoRA"]
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    """The modules by name. They import each other, and those of the other benchmarks, as neighbours of a script do."""
+    path, loaded = list(sys.path), set(sys.modules)
+    sys.path[:0] = [str(FOLDER), str(BENCHMARKS)]
+    yield SimpleNamespace(**{file.stem: importlib.import_module(file.stem) for file in FOLDER.glob("*.py")})
+    sys.path[:] = path
+    for name in set(sys.modules) - loaded:
+        if str(BENCHMARKS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def make_run(comparison, method="AdaDoRA", **changes):
+    run = comparison.training.Run(
+        task="digits",
+        examples=50,
+        method=method,
+        rank=2,
+        lr=5e-3,
+        scale=1.0,
+        seed=0,
+        split="validation",
+        steps=10,
+        schedule="early" if method in ADAPTIVE else None,
+    )
+    return replace(run, **changes)
+
+
+@pytest.mark.parametrize("name, count", [("headlines", 2096), ("digits", 1797)])
+def test_no_test_example_is_trained_on_or_chosen_with(comparison, name, count):
+    task = comparison.tasks.task(name)
+    key = next(iter(task.test[0]))
+    train, validation, test = (
+        {str(example[key]) for example in examples} for examples in (task.train, task.validation, task.test)
+    )
+    assert len(task.train) + len(task.validation) + len(task.test) == count
+    assert not test & train and not test & validation and not train & validation
+
+
+def test_a_sample_has_as_many_examples_of_each_label(comparison):
+    task = comparison.tasks.task("headlines")
+    labels = [example["labels"] for example in task.sample(50, seed=3)]
+    assert sorted(labels) == sorted(list(range(5)) * 10)
+    assert task.sample(50, seed=3) == task.sample(50, seed=3) != task.sample(50, seed=4)
+    assert len(task.sample(None, seed=3)) == len(task.train)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_methods_end_with_the_same_average_rank(comparison, method):
+    record = comparison.training.execute(make_run(comparison, method))
+    assert record["average_rank"] == 2
+    assert record["accuracy"] == record["right"].count("1") / len(record["right"])
+
+
+def test_a_run_repeats_itself(comparison):
+    first, second = (comparison.training.execute(make_run(comparison, steps=4)) for _ in range(2))
+    assert first["right"] == second["right"]
+
+
+def test_an_interval_is_that_of_a_paired_bootstrap(comparison):
+    seeds, examples = 5, 400
+    random = np.random.default_rng(1)
+    base = (random.random((seeds, examples)) < 0.7).astype(int)
+    better = np.maximum(base, random.random((seeds, examples)) < 0.1)
+    runs, reference = list("ABCDE"), list("abcde")
+    rows = zip(runs + reference, [*better, *base])
+    log = {name: {"right": "".join(map(str, row.astype(int)))} for name, row in rows}
+    mean, lower, upper = comparison.results.difference(log, runs, reference)
+    assert mean == (better - base).mean()
+    # resampling examples alone already gives this deviation
+    deviation = (better - base).mean(axis=0).std() / examples**0.5
+    assert 0 < lower < mean - 1.9 * deviation and mean + 1.9 * deviation < upper < mean + 5 * deviation
+    assert comparison.results.difference(log, reference, reference) == (0, 0, 0)
+
+
+class TestPlan:
+    @pytest.fixture
+    def finished(self, comparison):
+        """The quick plan with an ablated cell, and a log of made-up records of all of its runs."""
+        plan = replace(comparison.plan.QUICK, ablated=comparison.plan.QUICK.cells[0])
+        log = {}
+        for number, stage in enumerate(plan.stages(log)):
+            for run in stage:
+                accuracy = run.lr if run.split == "validation" else 0.5
+                parameters = run.rank * 100 if run.method == "LoRA" else run.rank * 160
+                log.setdefault(
+                    run,
+                    {
+                        "accuracy": accuracy,
+                        "right": "10" * 20,
+                        "parameters": parameters,
+                        "average_rank": run.rank,
+                        "seconds_per_step": 1.0 + number,
+                    },
+                )
+        return plan, log
+
+    def test_each_method_has_the_same_trials(self, comparison):
+        plan = comparison.plan.FULL
+        trials = {
+            method: [(run.lr, run.scale, run.seed) for run in plan.tuning(plan.cells[0], method)] for method in METHODS
+        }
+        assert all(trials[method] == trials["LoRA"] for method in METHODS)
+        assert len(set(trials["LoRA"])) == 8
+
+    def test_nothing_is_chosen_with_test_examples(self, finished):
+        plan, log = finished
+        tested = [run for run in log if run.split == "test"]
+        assert tested and not {run.seed for run in tested} & {run.seed for run in log if run.split == "validation"}
+        assert {run.lr for run in tested} == {max(lr for lr, _, _ in plan.trials)}  # by the made-up accuracies
+
+    def test_ranks_of_equal_parameters(self, finished):
+        plan, log = finished
+        # AdaDoRA has 640, and LoRA 100 for each rank
+        assert plan.equal_parameters(log, "LoRA")[0].rank == 6
+
+    def test_all_that_the_tables_and_plots_need_was_run(self, comparison, finished, tmp_path):
+        plan, log = finished
+        names = [table.name for table in comparison.results.tables(plan, log)]
+        assert names == ["compared", "equal-parameters", "ablations", "cost", "chosen"]
+        comparison.figures.write_figures(plan, log, tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"accuracies.png", "gains.png", "ablations.png"}
+
+    def test_what_was_run_is_not_run_again(self, comparison, tmp_path):
+        record = comparison.training.execute(make_run(comparison, steps=1))
+        path = tmp_path / "runs.jsonl"
+        path.write_text(json.dumps(record) + "\n" + json.dumps(record)[:50])
+        log = comparison.compare.read_log(path)
+        assert log == {make_run(comparison, steps=1): record}
+
+
+class TestAblations:
+    def make(self, comparison, name, **changes):
+        return comparison.training.Training(make_run(comparison, ablation=name, **changes))
+
+    def magnitudes(self, training):
+        return [layer.lora_magnitude["default"].detach().clone() for layer in self.layers(training)]
+
+    def layers(self, training):
+        from peft.tuners.adalora import AdaLoraLayer
+
+        return [module for module in training.model.modules() if isinstance(module, AdaLoraLayer)]
+
+    def test_a_fixed_magnitude_stays(self, comparison):
+        for name, stays in (("magnitude fixed", True), (None, False)):
+            training = self.make(comparison, name)
+            before = self.magnitudes(training)
+            for _ in range(3):
+                training.step()
+            assert all(map(torch.equal, before, self.magnitudes(training))) == stays
+
+    def test_a_differentiated_norm_changes_gradients_but_not_outputs(self, comparison):
+        outputs, gradients = [], []
+        for name in (None, "norm in the gradient"):
+            training = self.make(comparison, name)
+            for layer in self.layers(training):
+                torch.nn.init.normal_(layer.lora_E["default"], generator=torch.Generator().manual_seed(0))
+            training.model.eval()
+            output = training.model(**next(training.batches))
+            output.loss.backward()
+            outputs.append(output.logits)
+            gradients.append(self.layers(training)[0].lora_E["default"].grad)
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(*gradients, rtol=1e-2)
+
+    def test_learning_rates(self, comparison):
+        training = self.make(comparison, "learning rate of m · 10")
+        own = training.optimizer.param_groups[1]
+        assert own["initial_lr"] == pytest.approx(10 * training.optimizer.param_groups[0]["initial_lr"])
+        assert {id(param) for param in own["params"]} == {
+            id(layer.lora_magnitude["default"]) for layer in self.layers(training)
+        }
+
+    def test_the_scale_follows_the_rank_that_is_kept(self, comparison):
+        training = self.make(comparison, "scale by the rank kept")
+        for _ in range(10):
+            training.step()
+        kept = [max(1, int(layer.lora_E["default"].count_nonzero())) for layer in self.layers(training)]
+        assert [int(layer.ranknum["default"]) for layer in self.layers(training)] == kept
+        assert len(set(kept)) > 1
+
+    @pytest.mark.parametrize("name", ["orthonormal start", "LoRA's start"])
+    def test_another_start_does_not_change_the_fresh_model(self, comparison, name):
+        training = self.make(comparison, name)
+        training.model.eval()
+        batch = next(training.batches)
+        with torch.no_grad(), training.model.disable_adapter():
+            expected = training.model(**batch).logits
+        with torch.no_grad():
+            torch.testing.assert_close(training.model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+    def test_allocating_before_the_step_leaves_pruned_entries_that_are_not_zero(self, comparison):
+        for name, are_zero in (("allocation before the optimizer's step", False), (None, True)):
+            training = self.make(comparison, name)
+            for _ in range(10):
+                training.step()
+            masks = training.model.peft_config["default"].rank_pattern
+            pruned = [
+                training.model.get_parameter(f"base_model.model.{key}").detach().view(-1)[~torch.tensor(mask)]
+                for key, mask in masks.items()
+            ]
+            assert bool((torch.cat(pruned) == 0).all()) == are_zero
