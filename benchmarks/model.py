@@ -84,7 +84,7 @@ def case_rows(case: LlamaCase, settings: Settings) -> Iterator[dict[str, Any]]:
     if not case.is_block:
         case = replace(case, tokens=settings.pick(64, 8))
         steps = {variant: generation(model, inputs[:, :16], case.tokens) for variant, model in models.items()}
-        seconds = measure(steps, settings, min_rounds=1, share=share)
+        seconds = measure(steps, settings, min_rounds=3, share=share)
         yield row(case, "generate", seconds, lower_bound(steps[ADALORA], reference, case.tokens, 0, settings))
 
 

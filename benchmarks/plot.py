@@ -18,18 +18,20 @@ def draw_bars(figure: Any, table: Table) -> None:
     """A group of bars for each row: the ratios to the reference, with their quartiles."""
     figure.set_size_inches(8, 1.5 + 0.6 * len(table.rows))
     axes = figure.subplots()
-    columns = [name for name, value in table.rows[0].items() if isinstance(value, Spread) and "(ms)" not in name]
+    measured = [name for name, value in table.rows[0].items() if isinstance(value, Spread)]
+    reference = next(name.removesuffix(" (ms)") for name in measured if name.endswith("(ms)"))
+    columns = [name for name in measured if not name.endswith("(ms)")]
     height = 0.8 / len(columns)
     for index, column in enumerate(columns):
         spreads = [row[column] for row in table.rows]
         medians = [spread.median for spread in spreads]
         errors = [[abs(spread.quartiles[side] - spread.median) for spread in spreads] for side in (0, 1)]
         places = [row + (index + 0.5) * height - 0.4 for row in range(len(table.rows))]
-        axes.barh(places, medians, height, xerr=errors, label=column)
+        axes.barh(places, [median - 1 for median in medians], height, left=1, xerr=errors, label=column)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("times the reference")
+    axes.set_xlabel(f"times as long as {reference}")
     axes.set_yticks(range(len(table.rows)), [row_label(row) for row in table.rows])
     axes.invert_yaxis()
     axes.set_title(table.title)
@@ -52,6 +54,8 @@ def draw_growth(figure: Any, table: Table) -> None:
         axes.set(xlabel=size, ylabel=unit)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
+        axes.set_xticks([row[size] for row in table.rows])
+        axes.minorticks_off()
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.legend()

@@ -1,11 +1,15 @@
 """The code blocks of README and docs run as they stand, and the commands that they name exist."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import peft
 
 
 pytestmark = pytest.mark.overlay
@@ -69,8 +73,6 @@ def test_links_between_pages_lead_somewhere(page):
 
 
 def test_the_reference_page_names_what_exists():
-    import peft
-
     page = (ROOT / "docs/source/package_reference/adadora.md").read_text()
     names = re.findall(r"\[\[autodoc\]\] (\S+)((?:\n    - \S+)*)", page)
     assert names
@@ -81,3 +83,35 @@ def test_the_reference_page_names_what_exists():
         assert documented.__doc__
         for member in re.findall(r"- (\S+)", members):
             assert getattr(documented, member).__doc__
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Links between pages and to headings, the tree of contents, and the docstrings of the reference are looked at."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", "docs/source", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / "package_reference" / "adadora.html").read_text()
+    assert "SVDLinear" in reference and "[[autodoc]]" not in reference
+
+
+def texts(source: Path) -> Iterator[str]:
+    """The strings of a module, with `…` for what varies."""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+
+def test_the_messages_of_the_troubleshooting_guide_are_those_that_are_raised():
+    folders = [ROOT / "src", Path(peft.__file__).parent / "tuners" / "adalora"]
+    sources = [path for folder in folders for path in folder.rglob("*.py")]
+    sources.append(Path(peft.__file__).parent / "utils" / "save_and_load.py")
+    known = [text for source in sources for text in texts(source)]
+    page = (ROOT / "docs/source/developer_guides/adadora_troubleshooting.md").read_text()
+    seen = re.findall(r"^\| ([^|]*)\|", page, flags=re.MULTILINE)
+    messages = [span for cell in seen for span in re.findall(r"`([^`]+)`", cell) if "…" in span or span.endswith(".")]
+    assert len(messages) > 10
+    for message in messages:
+        parts = [part.strip() for part in message.split("…") if part.strip()]
+        assert any(all(part in text for part in parts) for text in known), message

@@ -144,11 +144,12 @@ class TestPlan:
         assert {path.name for path in tmp_path.iterdir()} == {"accuracies.png", "gains.png", "ablations.png"}
 
     def test_what_was_run_is_not_run_again(self, comparison, tmp_path):
-        record = comparison.training.execute(make_run(comparison, steps=1))
+        run = make_run(comparison, "LoRA", steps=1)
+        record = comparison.training.execute(run)
         path = tmp_path / "runs.jsonl"
         path.write_text(json.dumps(record) + "\n" + json.dumps(record)[:50])
         log = comparison.compare.read_log(path)
-        assert log == {make_run(comparison, steps=1): record}
+        assert log == {run: record}
 
 
 class TestAblations:
