@@ -7,7 +7,9 @@ nox.options.default_venv_backend = "venv"
 
 # each Python, each release of PEFT and both lines of transformers at least once
 COMBINATIONS = [
+    ("3.10", "0.20.0", "4.57.6"),
     ("3.10", "0.21.0", "4.57.6"),
+    ("3.11", "0.20.0", "5.0.0"),
     ("3.11", "0.21.1", "5.0.0"),
     ("3.12", "0.21.2", "5.12.1"),
     ("3.13", "0.21.2", "5.23.0"),

@@ -2,7 +2,7 @@
 
 The start-up file `peft_adadora.pth` imports this module in every interpreter of the environment, so it stays small and
 imports nothing that is not loaded anyway; what the finder needs is imported when PEFT is. It puts a finder on
-`sys.meta_path` that answers for one package:
+`sys.meta_path` that answers for one package, and where PEFT is older than 0.21 for one module more:
 
 - `peft.tuners.adalora` gets our `__init__.py`, and our folder in front of the installed one on its `__path__`. A module
   that we have wins over the installed one of the same name, and any other comes from the installed package.
@@ -16,13 +16,18 @@ import sys
 
 
 PACKAGE = "peft.tuners.adalora"
-STOCK_PREFIX = PACKAGE + ".stock_"
-SUPPORTED_PEFT = ">=0.21.0,<0.22"
+SAVE_AND_LOAD = "peft.utils.save_and_load"
+SUPPORTED_PEFT = ">=0.20.0,<0.22"
 
 
 def is_supported(version: str) -> bool:
     """Whether the PEFT version, such as `"0.21.2"` or `"0.21.3.dev0"`, lies in `SUPPORTED_PEFT`."""
-    return version.split(".")[:2] == ["0", "21"]
+    return version.split(".")[:2] in (["0", "20"], ["0", "21"])
+
+
+def installed_version() -> str:
+    """Of the PEFT that is being imported."""
+    return getattr(sys.modules.get("peft"), "__version__", "unknown")
 
 
 def overlay_folder() -> str:
@@ -44,7 +49,7 @@ class OverlayFinder:
             from importlib.util import spec_from_file_location
 
             spec = PathFinder.find_spec(name, path)
-            version = getattr(sys.modules.get("peft"), "__version__", "unknown")
+            version = installed_version()
             if spec is None or not is_supported(version):
                 warnings.warn(
                     f"peft-adadora supports peft {SUPPORTED_PEFT} but peft {version} is installed, so AdaDoRA is off "
@@ -57,11 +62,17 @@ class OverlayFinder:
                 os.path.join(folder, "__init__.py"),
                 submodule_search_locations=[folder, *spec.submodule_search_locations],
             )
-        if name.startswith(STOCK_PREFIX):
+        if name == SAVE_AND_LOAD and installed_version().startswith("0.20."):
+            from importlib.util import spec_from_file_location
+
+            here = os.path.dirname(os.path.abspath(__file__))
+            return spec_from_file_location(name, os.path.join(here, "peft_adadora", "peft_0_20.py"))
+        package, is_stock, module = name.rpartition(".stock_")
+        if is_stock and package in (PACKAGE, "peft.utils"):
             from importlib.util import spec_from_file_location
 
             installed = list(path)[-1]
-            spec = spec_from_file_location(name, os.path.join(installed, name[len(STOCK_PREFIX) :] + ".py"))
+            spec = spec_from_file_location(name, os.path.join(installed, module + ".py"))
             spec.submodule_search_locations = None  # a module, even if it comes from an `__init__.py`
             return spec
         return None

