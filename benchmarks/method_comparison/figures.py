@@ -66,7 +66,7 @@ def draw_ablations(figure: Any, plan: Plan, log: Log) -> None:
     figure.set_size_inches(8, 1.2 + 0.3 * len(rows))
     axes = figure.subplots()
     draw_intervals(axes, rows)
-    axes.set_title(f"changed AdaDoRA minus AdaDoRA ({cell_name(plan.ablated)}, rank {RANK})")
+    axes.set_title(f"changed {ADADORA} minus {ADADORA}\n{cell_name(plan.ablated)}, rank {RANK}")
 
 
 def write_figures(plan: Plan, log: Log, folder: Path) -> None:
