@@ -151,6 +151,27 @@ class TestPlan:
         log = comparison.compare.read_log(path)
         assert log == {run: record}
 
+    def test_an_unfinished_log_is_refused_with_a_sentence(self, comparison, tmp_path):
+        lines = (FOLDER / "runs.jsonl").read_text().splitlines()
+        finished = comparison.compare.read_finished_log(comparison.plan.FULL, FOLDER / "runs.jsonl")
+        assert len(finished) == len(lines)
+        for kept in (lines[:-1], lines[1:], []):
+            path = tmp_path / "runs.jsonl"
+            path.write_text("\n".join(kept))
+            with pytest.raises(SystemExit, match="not the log of a finished comparison"):
+                comparison.compare.read_finished_log(comparison.plan.FULL, path)
+
+    def test_the_tables_of_the_docs_are_those_of_the_log(self, comparison):
+        plan = comparison.plan.FULL
+        log = comparison.compare.read_finished_log(plan, FOLDER / "runs.jsonl")
+        page = (FOLDER.parents[1] / "docs/source/developer_guides/adadora_comparison.md").read_text().splitlines()
+        tables = {table.name: table for table in comparison.results.tables(plan, log)}
+        for name in ("compared", "equal-parameters", "ablations", "chosen"):
+            rows = [line for line in tables[name].markdown().splitlines() if line.startswith("| ")][2:]
+            assert len(rows) == len(tables[name].rows)
+            for row in rows:
+                assert row in page
+
 
 class TestAblations:
     def make(self, comparison, name, **changes):

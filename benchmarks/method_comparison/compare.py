@@ -40,6 +40,13 @@ def read_log(path: Path) -> Log:
     return log
 
 
+def read_finished_log(plan: Plan, path: Path) -> Log:
+    log = read_log(path)
+    if any(run not in log for stage in plan.stages(log) for run in stage):
+        raise SystemExit(f"{path} is not the log of a finished comparison; that of a quick one needs --quick.")
+    return log
+
+
 def set_up_worker() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -87,9 +94,10 @@ def main(arguments: list[str]) -> None:
     plan = QUICK if options.quick else FULL
     options.output.mkdir(parents=True, exist_ok=True)
     set_up_worker()
-    log = (
-        read_log(options.report) if options.report else execute_plan(plan, options.output / "runs.jsonl", options.jobs)
-    )
+    if options.report:
+        log = read_finished_log(plan, options.report)
+    else:
+        log = execute_plan(plan, options.output / "runs.jsonl", options.jobs)
     for table in tables(plan, log):
         print(table.markdown(), flush=True)
     write_figures(plan, log, options.output)
