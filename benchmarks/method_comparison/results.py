@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,18 +31,21 @@ def right(log: Log, runs: Sequence[Run]) -> np.ndarray:
     return np.array([[int(value) for value in log[run]["right"]] for run in runs])
 
 
+@cache
+def resamples(*sizes: int) -> list[np.ndarray]:
+    """How many times each of `size` things is drawn in each resample, (resamples, size), for each of the sizes."""
+    random = np.random.default_rng(0)
+    return [random.multinomial(size, [1 / size] * size, RESAMPLES) for size in sizes]
+
+
 def difference(log: Log, runs: Sequence[Run], reference: Sequence[Run]) -> tuple[float, float, float]:
     """
     How much more accurate runs are than those of a reference with the same seeds: the mean, and both ends of a 95 %
     interval from a paired bootstrap over seeds and test examples.
     """
     gain = right(log, runs) - right(log, reference)
-    random = np.random.default_rng(0)
-    seeds, examples = gain.shape
-    means = []
-    for _ in range(RESAMPLES):
-        weights = random.multinomial(seeds, [1 / seeds] * seeds) @ gain  # (examples,)
-        means.append(random.multinomial(examples, [1 / examples] * examples) @ weights)
+    times_of_seeds, times_of_examples = resamples(*gain.shape)
+    means = ((times_of_seeds @ gain) * times_of_examples).sum(axis=1)
     lower, upper = np.percentile(means, [2.5, 97.5]) / gain.size
     return float(gain.mean()), float(lower), float(upper)
 
