@@ -293,6 +293,25 @@ class TestCheckpoint:
         shutil.copytree(run / "checkpoint-9", tmp_path / "checkpoint-9")
         return tmp_path
 
+    @pytest.mark.parametrize("left", [None, ".tmp6E2p93", "adalora_state.safetensors.tmp"])
+    def test_a_folder_with_nothing_but_what_a_kill_left_is_set_aside(self, copy, left):
+        folder = copy / "checkpoint-12"
+        folder.mkdir()
+        if left is not None:
+            (folder / left).write_bytes(b"half")
+        with pytest.warns(UserWarning, match="checkpoint-12 is unfinished"):
+            trainer = make_trainer(copy)
+        assert not folder.exists() and (copy / "unfinished-checkpoint-12").is_dir()
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == STEPS
+
+    def test_a_folder_with_other_files_is_left_alone(self, copy):
+        folder = copy / "checkpoint-12"
+        folder.mkdir()
+        (folder / "notes.txt").write_text("not ours")
+        make_trainer(copy)
+        assert (folder / "notes.txt").exists()
+
     def test_the_adapter_in_it_is_pruned_and_loads(self, run):
         model = PeftModel.from_pretrained(make_llama(), run / f"checkpoint-{STEPS}")
         ranks = [len(param) for name, param in model.named_parameters() if "lora_E" in name]

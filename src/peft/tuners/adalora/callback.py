@@ -345,9 +345,9 @@ def _set_aside_unfinished_checkpoints(output_dir: str) -> None:
     """Rename the newest checkpoints of the folder as long as they are ones that this callback saw begun but not ended."""
     while os.path.isdir(output_dir) and (folder := get_last_checkpoint(output_dir)) is not None:
         names = os.listdir(folder)
-        if _is_trainer_state(os.path.join(folder, TRAINER_STATE_NAME)) or not (
-            not names or any(name.startswith(STATE_FILE) for name in names)
-        ):
+        # safetensors 0.8 writes to a file `.tmp…` first
+        is_begun = not names or any(name.startswith((STATE_FILE, ".tmp")) for name in names)
+        if not is_begun or _is_trainer_state(os.path.join(folder, TRAINER_STATE_NAME)):
             return
         lock = _lock(folder)
         if lock is None:
