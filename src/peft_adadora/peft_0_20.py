@@ -5,6 +5,8 @@ PEFT 0.20 do all of it themselves. The finder puts this module in their place, s
 ours, which ask AdaLoRA's class and leave the rest, and adapters of all other methods, to PEFT's.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Optional
 
@@ -79,17 +81,14 @@ def is_adalora(model: nn.Module, adapter_name: str) -> bool:
     return model.peft_config[adapter_name].peft_type == "ADALORA"
 
 
-class RanksAsTheyAre:
+@contextmanager
+def hidden_rank_pattern(config: Any) -> Iterator[None]:
     """Hides the rank pattern from PEFT's function, which would resize what our class resizes."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __enter__(self) -> None:
-        self.rank_pattern, self.config.rank_pattern = self.config.rank_pattern, None
-
-    def __exit__(self, *error: object) -> None:
-        self.config.rank_pattern = self.rank_pattern
+    rank_pattern, config.rank_pattern = config.rank_pattern, None
+    try:
+        yield
+    finally:
+        config.rank_pattern = rank_pattern
 
 
 def get_peft_model_state_dict(
@@ -105,7 +104,7 @@ def get_peft_model_state_dict(
     if not is_adalora(model, adapter_name):
         return stock.get_peft_model_state_dict(model, state_dict, adapter_name, **kwargs)
     config = model.peft_config[adapter_name]
-    with RanksAsTheyAre(config):
+    with hidden_rank_pattern(config):
         saved = stock.get_peft_model_state_dict(model, state_dict, adapter_name, **kwargs)
     saved = with_adapter_name(saved, adapter_name)
     saved = adalora_model()._get_adapter_state_dict(model, config, adapter_name, saved, [])
@@ -121,5 +120,5 @@ def set_peft_model_state_dict(
     config = model.peft_config[adapter_name]
     loaded = adalora_model()._remap_adapter_state_dict_for_load(model, config, adapter_name, peft_model_state_dict)
     loaded = {without_adapter_name(key, adapter_name): value for key, value in loaded.items()}
-    with RanksAsTheyAre(config):
+    with hidden_rank_pattern(config):
         return stock.set_peft_model_state_dict(model, loaded, adapter_name, **kwargs)
