@@ -1,18 +1,21 @@
-"""Runs the behavioural tests with the versions of Python, PEFT and transformers that people have: `make matrix`."""
+"""Runs the behavioural tests with the versions of Python, torch, PEFT and transformers that people have: `make matrix`."""
 
 import nox
 
 
 nox.options.default_venv_backend = "venv"
 
-# each Python, each release of PEFT and both lines of transformers at least once
+# each Python, each release of PEFT, both lines of transformers, and the oldest and the newest torch at least once
 COMBINATIONS = [
-    ("3.10", "0.20.0", "4.57.6"),
-    ("3.10", "0.21.0", "4.57.6"),
-    ("3.11", "0.20.0", "5.0.0"),
-    ("3.11", "0.21.1", "5.0.0"),
-    ("3.12", "0.21.2", "5.12.1"),
-    ("3.13", "0.21.2", "5.23.0"),
+    ("3.10", "2.13.0", "0.19.0", "4.57.6"),
+    ("3.10", "2.13.0", "0.20.0", "4.57.6"),
+    ("3.10", "2.13.0", "0.21.0", "4.57.6"),
+    ("3.11", "2.6.0", "0.21.2", "4.57.6"),
+    ("3.11", "2.13.0", "0.19.1", "5.0.0"),
+    ("3.11", "2.13.0", "0.20.0", "5.0.0"),
+    ("3.11", "2.13.0", "0.21.1", "5.0.0"),
+    ("3.12", "2.13.0", "0.21.2", "5.12.1"),
+    ("3.13", "2.13.0", "0.21.2", "5.23.0"),
 ]
 TESTS = [
     f"tests/test_{name}.py"
@@ -32,14 +35,17 @@ TESTS = [
 
 @nox.session
 @nox.parametrize(
-    "python, peft, transformers",
+    "python, torch, peft, transformers",
     COMBINATIONS,
-    ids=[f"python-{python}, peft-{peft}, transformers-{transformers}" for python, peft, transformers in COMBINATIONS],
+    ids=[
+        f"python-{python}, torch-{torch}, peft-{peft}, transformers-{transformers}"
+        for python, torch, peft, transformers in COMBINATIONS
+    ],
 )
-def tests(session: nox.Session, peft: str, transformers: str) -> None:
+def tests(session: nox.Session, torch: str, peft: str, transformers: str) -> None:
     """Install the wheel and run the tests."""
-    # torch goes first and alone, so that nothing resolves to a build with CUDA packages
-    session.install("torch==2.13.0")
+    # torch goes first and alone, so that nothing else resolves to a build of its own choice
+    session.install(f"torch=={torch}")
     session.install(f"peft=={peft}", f"transformers=={transformers}", "accelerate", "bitsandbytes")
     session.install("hypothesis", "pytest", "pytest-xdist", ".")
     session.run(

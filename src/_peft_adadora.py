@@ -17,12 +17,12 @@ import sys
 
 PACKAGE = "peft.tuners.adalora"
 SAVE_AND_LOAD = "peft.utils.save_and_load"
-SUPPORTED_PEFT = ">=0.20.0,<0.22"
+SUPPORTED_PEFT = ">=0.19.0,<0.22"
 
 
 def is_supported(version: str) -> bool:
     """Whether the PEFT version, such as `"0.21.2"` or `"0.21.3.dev0"`, lies in `SUPPORTED_PEFT`."""
-    return version.split(".")[:2] in (["0", "20"], ["0", "21"])
+    return version.split(".")[:2] in (["0", "19"], ["0", "20"], ["0", "21"])
 
 
 def installed_version() -> str:
@@ -62,11 +62,11 @@ class OverlayFinder:
                 os.path.join(folder, "__init__.py"),
                 submodule_search_locations=[folder, *spec.submodule_search_locations],
             )
-        if name == SAVE_AND_LOAD and installed_version().startswith("0.20."):
+        if name == SAVE_AND_LOAD and installed_version().startswith(("0.19.", "0.20.")):
             from importlib.util import spec_from_file_location
 
             here = os.path.dirname(os.path.abspath(__file__))
-            return spec_from_file_location(name, os.path.join(here, "peft_adadora", "peft_0_20.py"))
+            return spec_from_file_location(name, os.path.join(here, "peft_adadora", "older_peft.py"))
         package, is_stock, module = name.rpartition(".stock_")
         if is_stock and package in (PACKAGE, "peft.utils"):
             from importlib.util import spec_from_file_location

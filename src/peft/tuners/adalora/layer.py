@@ -76,8 +76,10 @@ class SVDLinear(AdaDoraMixin, AdaLoraLayer, stock.SVDLinear):
         stock.SVDLinear.__init__(self, base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
 
 
-class SVDConv2d(AdaDoraConv2dMixin, AdaLoraLayer, stock.SVDConv2d):
-    """PEFT's convolution with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
+if hasattr(stock, "SVDConv2d"):  # not in PEFT 0.19
+
+    class SVDConv2d(AdaDoraConv2dMixin, AdaLoraLayer, stock.SVDConv2d):
+        """PEFT's convolution with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
 
 class RankAllocator(RankAllocatorMixin, stock.RankAllocator):

@@ -13,13 +13,15 @@
 # limitations under the License.
 
 import copy
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from . import stock_layer
 from . import stock_model as stock
 from .adadora_model import AdaDoraModelMixin
 from .config import AdaLoraConfig
@@ -39,6 +41,20 @@ class AdaLoraModel(AdaDoraModelMixin, stock.AdaLoraModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.forward_otherwise(*args, **kwargs)
         return super().forward(*args, **kwargs) if outputs is None else outputs
+
+    def _check_targets(
+        self, model: nn.Module, config: AdaLoraConfig, state_dict: Optional[dict[str, torch.Tensor]]
+    ) -> dict[str, tuple[int, int]]:
+        layers = super()._check_targets(model, config, state_dict)
+        if not hasattr(stock_layer, "SVDConv2d"):
+            for name in layers:
+                module = model.get_submodule(name)
+                if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Conv2d):
+                    raise NotImplementedError(
+                        f"Module {name!r} is a Conv2d, which AdaLoRA adapts from PEFT 0.20 on; leave it out of "
+                        "`target_modules`, or upgrade PEFT."
+                    )
+        return layers
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str

@@ -1,8 +1,8 @@
-"""`peft.utils.save_and_load` as PEFT 0.20 sees it: its own, but that AdaLoRA's model class is asked, as in PEFT 0.21.
+"""`peft.utils.save_and_load` as PEFT 0.19 and 0.20 see it: their own, but that AdaLoRA's model class is asked, as in 0.21.
 
-In PEFT 0.21 the functions that save and load an adapter ask the class of its model what to save and how to load it. Those of
-PEFT 0.20 do all of it themselves. The finder puts this module in their place, so that everything that imports them gets
-ours, which ask AdaLoRA's class and leave the rest, and adapters of all other methods, to PEFT's.
+In PEFT 0.21 the functions that save and load an adapter ask the class of its model what to save and how to load it. Those
+of PEFT 0.19 and 0.20 do all of it themselves. The finder puts this module in their place, so that everything that imports
+them gets ours, which ask AdaLoRA's class and leave the rest, and adapters of all other methods, to PEFT's.
 """
 
 from collections.abc import Iterator
@@ -121,4 +121,15 @@ def set_peft_model_state_dict(
     loaded = adalora_model()._remap_adapter_state_dict_for_load(model, config, adapter_name, peft_model_state_dict)
     loaded = {without_adapter_name(key, adapter_name): value for key, value in loaded.items()}
     with hidden_rank_pattern(config):
-        return stock.set_peft_model_state_dict(model, loaded, adapter_name, **kwargs)
+        result = stock.set_peft_model_state_dict(model, loaded, adapter_name, **kwargs)
+    fill_initial_ranks(model, config, adapter_name)
+    return result
+
+
+def fill_initial_ranks(model: nn.Module, config: Any, adapter_name: str) -> None:
+    """Gives `ranknum`, which is not in a file, its value where PEFT 0.19 has left it on the meta device."""
+    for module in model.modules():
+        ranks = getattr(module, "ranknum", {})
+        if adapter_name in ranks and ranks[adapter_name].is_meta:
+            rank = torch.tensor([float(config.init_r)], device=module.lora_E[adapter_name].device)
+            ranks[adapter_name] = nn.Parameter(rank, requires_grad=False)
