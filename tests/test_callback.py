@@ -232,15 +232,20 @@ class TestInjected:
         torch.testing.assert_close(loaded(tokens).logits, expected)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["adadora", "adalora"])
-def config_kwargs(request):
-    return {"use_dora_adaptive": request.param}
+@pytest.fixture(
+    scope="module",
+    params=[(flag, dtype) for dtype in (torch.float32, torch.bfloat16) for flag in (True, False)],
+    ids=["adadora", "adalora", "adadora-bfloat16", "adalora-bfloat16"],
+)
+def settings(request):
+    use_dora_adaptive, dtype = request.param
+    return {"config_kwargs": {"use_dora_adaptive": use_dora_adaptive}, "dtype": dtype}
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config_kwargs, tmp_path_factory):
+def uninterrupted(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run_in_process(train, folder, config_kwargs=config_kwargs) == 0
+    assert run_in_process(train, folder, **settings) == 0
     return folder
 
 
@@ -262,18 +267,18 @@ class TestResume:
         ],
         ids=lambda kill_at: f"{kill_at[0]}-{kill_at[1]}",
     )
-    def test_ends_the_same(self, kill_at, config_kwargs, uninterrupted, tmp_path):
-        assert run_in_process(train, tmp_path, kill_at=kill_at, config_kwargs=config_kwargs) == -9
-        assert run_in_process(train, tmp_path, config_kwargs=config_kwargs) == 0
+    def test_ends_the_same(self, kill_at, settings, uninterrupted, tmp_path):
+        assert run_in_process(train, tmp_path, kill_at=kill_at, **settings) == -9
+        assert run_in_process(train, tmp_path, **settings) == 0
         assert_same(
             everything_in(tmp_path / f"checkpoint-{STEPS}"), everything_in(uninterrupted / f"checkpoint-{STEPS}")
         )
 
-    def test_a_kill_while_saving_leaves_the_checkpoint_before(self, config_kwargs, uninterrupted, tmp_path):
+    def test_a_kill_while_saving_leaves_the_checkpoint_before(self, settings, uninterrupted, tmp_path):
         kill_at = ("on_step_end", 9)
-        assert run_in_process(train, tmp_path, kill_at=kill_at, config_kwargs=config_kwargs, save_total_limit=1) == -9
+        assert run_in_process(train, tmp_path, kill_at=kill_at, **settings, save_total_limit=1) == -9
         assert (tmp_path / "checkpoint-6").exists()
-        assert run_in_process(train, tmp_path, config_kwargs=config_kwargs, save_total_limit=1) == 0
+        assert run_in_process(train, tmp_path, **settings, save_total_limit=1) == 0
         assert (tmp_path / "unfinished-checkpoint-9").exists()
         assert_same(
             everything_in(tmp_path / f"checkpoint-{STEPS}"), everything_in(uninterrupted / f"checkpoint-{STEPS}")

@@ -74,6 +74,26 @@ class AdaDoraMixin:
             magnitude = torch.empty(self.out_features, 1, device=lora_E.device, dtype=lora_E.dtype)
             self.lora_magnitude[adapter_name] = nn.Parameter(magnitude, requires_grad=lora_E.requires_grad)
             self.reset_magnitude(adapter_name)
+            self.ranknum[adapter_name].requires_grad_(False)
+
+    def frozen_parts(self, adapter_name: str) -> list[nn.ParameterDict]:
+        """Those of the dicts of A, E, B, m and the initial rank in which the parameter of an adapter is not trained."""
+        parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude, self.ranknum)
+        return [part for part in parts if adapter_name in part and not part[adapter_name].requires_grad]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        """As PEFT's, which also casts to the dtype of the weight, but a magnitude keeps its own."""
+        magnitude = self.take_magnitude(adapter_name)
+        if magnitude is None:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            return
+        # PEFT replaces what it casts by parameters that are trained
+        frozen = self.frozen_parts(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for part in frozen:
+            part[adapter_name].requires_grad_(False)
+        magnitude.data = magnitude.data.to(self.lora_E[adapter_name].device)
+        self.give_magnitude(adapter_name, magnitude)
 
     def clear_memos(self) -> None:
         """Forget what was computed from the weights. Only needed after a write of your own through `.data`."""

@@ -118,10 +118,14 @@ class AdaDoraModelMixin:
         return layers
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        layers = [layer for layer in self._adadora_layers() if adapter_name in layer.lora_magnitude]
+        # PEFT replaces what it casts by parameters that are trained, even the initial rank, which is not saved
+        frozen = [part for layer in layers for part in layer.frozen_parts(adapter_name)]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for layer in self._adadora_layers():
-            if adapter_name in layer.lora_magnitude:
-                layer.restore_magnitude_precision(adapter_name)
+        for part in frozen:
+            part[adapter_name].requires_grad_(False)
+        for layer in layers:
+            layer.restore_magnitude_precision(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         self._check_unmerge()

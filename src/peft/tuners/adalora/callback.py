@@ -224,10 +224,17 @@ def _set_total_step(tuner: AdaLoraModel | _InjectedAdaLora, total_step: int) -> 
 
 
 def _adapter_params(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, nn.Parameter]:
-    """A, E, B and m of each layer that the allocator looks after, by their names in the model."""
-    parts = ("lora_A", "lora_E", "lora_B", "lora_magnitude")
+    """
+    A, E, B and m of each layer that the allocator looks after, by their names in the model. With plain AdaLoRA over a
+    bfloat16 or float16 weight, PEFT 0.21 trains the initial rank (`ranknum`), too.
+    """
+    parts = ("lora_A", "lora_E", "lora_B", "lora_magnitude", "ranknum")
     names = {name % part for name in tuner.rankallocator.name_set for part in parts}
-    return {name: param for name, param in tuner.model.named_parameters() if name in names}
+    return {
+        name: param
+        for name, param in tuner.model.named_parameters()
+        if name in names and (".ranknum." not in name or param.requires_grad)
+    }
 
 
 def _rank_pattern(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.Tensor]:
@@ -284,6 +291,8 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
 
     # the loaded weights are those that are kept, in front
     for name, param in params.items():
+        if ".ranknum." in name:
+            continue  # only here
         name_of_E = re.sub(r"lora_(A|B|magnitude)", "lora_E", name)
         kept = state.get(f"rank_pattern.{name_of_E}", torch.ones(len(saved[name_of_E]), dtype=torch.bool))
         expected = saved[name]
