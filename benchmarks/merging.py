@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ try:
     import bitsandbytes
 except ImportError:
     bitsandbytes = None
+try:
+    from torchao import quantization as torchao
+except ImportError:
+    torchao = None
 
 
 def quantized(width: int, kind: str, compress_statistics: bool = False) -> nn.Module:
@@ -26,6 +31,12 @@ def quantized(width: int, kind: str, compress_statistics: bool = False) -> nn.Mo
     else:
         layer = bitsandbytes.nn.Linear4bit(width, width, quant_type=kind, compress_statistics=compress_statistics)
     layer.load_state_dict(nn.Linear(width, width).state_dict())
+    return layer
+
+
+def quantized_by_torchao(width: int, config: Any) -> nn.Module:
+    layer = nn.Linear(width, width)
+    torchao.quantize_(layer, config)
     return layer
 
 
@@ -43,6 +54,14 @@ if bitsandbytes is not None:
         "bitsandbytes nf4, double quantization": lambda width: quantized(width, "nf4", True),
         "bitsandbytes fp4": lambda width: quantized(width, "fp4"),
     }
+TORCHAO = {}
+if torchao is not None:
+    TORCHAO = {
+        "torchao int8, weight only": torchao.Int8WeightOnlyConfig(),
+        "torchao int8 in groups, weight only": torchao.IntxWeightOnlyConfig(),
+        "torchao float8, weight only": torchao.Float8WeightOnlyConfig(),
+    }
+    LAYERS |= {name: partial(quantized_by_torchao, config=config) for name, config in TORCHAO.items()}
 
 
 def matrix(layer: nn.Module) -> torch.Tensor:
@@ -67,6 +86,7 @@ def merge_row(name: str, settings: Settings) -> dict[str, Any]:
     )
     model = get_peft_model(wrapped, config)
     layer = model.base_model.model.layer
+    layer.torchao_config = TORCHAO.get(name)
     # an update of about a tenth of the weight's length, and magnitudes moved by 10 %
     layer.lora_E["default"].normal_()
     update = layer.lora_B["default"] @ (layer.lora_A["default"] * layer.lora_E["default"])
@@ -79,7 +99,7 @@ def merge_row(name: str, settings: Settings) -> dict[str, Any]:
     adapted = weight + lora_B @ (scaled_E * lora_A)
     exact = magnitude.double().cpu() / adapted.norm(dim=1, keepdim=True) * adapted
     stored = copy.deepcopy(base)
-    overwrite_weight(stored, [(slice(0, len(exact)), exact.to(weight_rows(base).dtype))])
+    overwrite_weight(stored, [(slice(0, len(exact)), exact.to(weight_rows(base).dtype))], TORCHAO.get(name))
     model.merge_adapter()
     return {
         "layer": name,

@@ -4,12 +4,15 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers import allocations, make_config, train_by_hand
 from reference import Reference, relative_error
 from torch import nn
+from transformers import TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft import PeftModel, get_peft_model
@@ -21,6 +24,10 @@ try:
     import bitsandbytes as bnb
 except ImportError:
     bnb = None
+try:
+    from torchao import quantization as torchao
+except ImportError:
+    torchao = None
 
 
 @dataclass
@@ -34,9 +41,11 @@ class Kind:
         forward: The output of such a layer, float64, were its weight this matrix (and its bias zero).
         input_shape: The shape of an input.
         output_error: By how much the layer's own output may differ from the exact one of its weight, relative.
+        input_gradient_error: The same of the gradient of the input, which the layer itself passes back.
         eval_error: By how much the scale may be off in eval mode, where bitsandbytes rounds the scales of 4-bit weights to
             bfloat16 on CPUs that compute with it.
         merge_error: By how much the merged weight may differ from the exact one, relative, as a function of it.
+        torchao_config: How torchao quantizes such a layer.
     """
 
     make: Callable[[], nn.Module]
@@ -44,8 +53,10 @@ class Kind:
     forward: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
     input_shape: tuple[int, ...]
     output_error: float = 1e-5
+    input_gradient_error: float = 1e-5
     eval_error: float = 1e-5
     merge_error: Callable[[torch.Tensor], float] = lambda merged: 1e-5
+    torchao_config: Any = None
 
 
 def linear_forward(base: nn.Module, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -119,6 +130,28 @@ def eight_bit_error(merged: torch.Tensor) -> float:
     return relative_error((merged / row_max * 127).round() * row_max / 127, merged) * 1.02
 
 
+def quantize_by_torchao(weight: torch.Tensor, config: Any, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(*reversed(weight.shape), bias=bias, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight.detach())
+    torchao.quantize_(layer, config)
+    return layer
+
+
+def torchao_kind(config: Any, dtype: torch.dtype = torch.float32, **errors: float) -> Kind:
+    def requantizing_error(merged: torch.Tensor) -> float:
+        return relative_error(quantize_by_torchao(merged.to(dtype), config).weight.dequantize(), merged) * 1.02
+
+    return Kind(
+        make=lambda: quantize_by_torchao(nn.Linear(128, 32).to(dtype).weight, config),
+        rows=lambda base: base.weight.dequantize().double(),
+        forward=linear_forward,
+        input_shape=(16, 128),
+        merge_error=requantizing_error,
+        **errors,
+        torchao_config=config,
+    )
+
+
 KINDS = {
     "Conv1D": Kind(make_conv1d, lambda base: base.weight.detach().double().T, linear_forward, (16, 40)),
 }
@@ -149,7 +182,17 @@ if bnb is not None:
             merge_error=eight_bit_error,
         ),
     }
-QUANTIZED = [name for name in KINDS if name.startswith(("nf4", "fp4", "int8"))]
+if torchao is not None:
+    KINDS |= {
+        "torchao-int8": torchao_kind(torchao.Int8WeightOnlyConfig()),
+        "torchao-int8-bfloat16": torchao_kind(
+            torchao.Int8WeightOnlyConfig(), torch.bfloat16, output_error=4e-3, input_gradient_error=4e-3
+        ),
+        "torchao-intx": torchao_kind(torchao.IntxWeightOnlyConfig()),
+        "torchao-float8": torchao_kind(torchao.Float8WeightOnlyConfig()),
+    }
+QUANTIZED_BY_BNB = [name for name in KINDS if name.startswith(("nf4", "fp4", "int8"))]
+QUANTIZED_BY_TORCHAO = [name for name in KINDS if name.startswith("torchao")]
 
 
 class Model(nn.Module):
@@ -157,9 +200,11 @@ class Model(nn.Module):
 
     is_loaded_in_8bit = is_loaded_in_4bit = False
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, torchao_config: Any = None) -> None:
         super().__init__()
         self.layer = layer
+        if torchao_config is not None:
+            self.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig(torchao_config))
         if bnb is not None:
             # as transformers says of the models that it quantizes
             self.is_loaded_in_8bit = isinstance(layer, bnb.nn.Linear8bitLt)
@@ -172,7 +217,7 @@ class Model(nn.Module):
 def make_model(kind: Kind, trained: bool = True, seed: int = 0, **config_kwargs) -> PeftModel:
     torch.manual_seed(seed)
     defaults = {"target_modules": ["layer"], "init_r": 5, "fan_in_fan_out": kind is KINDS["Conv1D"]}
-    model = get_peft_model(Model(kind.make()), make_config(**{**defaults, **config_kwargs}))
+    model = get_peft_model(Model(kind.make(), kind.torchao_config), make_config(**{**defaults, **config_kwargs}))
     if trained:
         train_by_hand(layer_of(model))
     return model
@@ -221,7 +266,7 @@ def test_forward_and_all_gradients_match_the_reference(kind):
 
     assert relative_error(output, expected) < 1e-5
     assert relative_error(output, reference_output(kind, layer, reference, x.double())) < kind.output_error
-    assert relative_error(mine.grad, theirs.grad) < 1e-5
+    assert relative_error(mine.grad, theirs.grad) < kind.input_gradient_error
     for name, factor in reference.factors().items():
         assert relative_error(getattr(layer, name)["default"].grad, factor.grad) < 1e-5, name
 
@@ -258,7 +303,7 @@ def test_the_merged_weight_is_the_exact_one_as_far_as_its_storage_allows(kind, m
     assert relative_error(kind.rows(layer_of(model).get_base_layer()), exact) > 0.1  # there is something to merge
     merged = getattr(model, merge)(safe_merge=True) or model
     base = merged.layer if merge == "merge_and_unload" else layer_of(model).get_base_layer()
-    assert type(base) is type(kind.make())
+    assert type(base) is type(kind.make()) and type(base.weight) is type(kind.make().weight)
     allowed = kind.merge_error(exact)
     assert relative_error(kind.rows(base), exact) <= allowed
     with torch.no_grad():
@@ -306,6 +351,12 @@ def test_zero_rows_give_the_output_of_the_base_model(kind):
         base.weight.data[:, 3] = 0
     elif isinstance(base, nn.Conv2d):
         base.weight.data[3] = 0
+    elif kind.torchao_config is not None:
+        weight = nn.Linear(128, 32).weight
+        weight.data[3] = 0
+        base = quantize_by_torchao(weight.to(base.weight.dtype), kind.torchao_config)
+        if kind.rows(base).isnan().any():
+            pytest.skip("torchao makes such a row of a float8 weight NaN")
     else:
         linear = nn.Linear(128, 32)
         linear.weight.data[3] = 0
@@ -314,7 +365,7 @@ def test_zero_rows_give_the_output_of_the_base_model(kind):
         if kind.rows(base)[3].abs().max() > 0:
             pytest.skip("double quantization does not keep zeros")
     config = make_config(target_modules=["layer"], init_r=5, fan_in_fan_out=kind is KINDS["Conv1D"])
-    model = get_peft_model(Model(base), config)
+    model = get_peft_model(Model(base, kind.torchao_config), config)
     layer = layer_of(model)
     with torch.no_grad():
         layer.lora_B["default"][3] = 0
@@ -403,9 +454,17 @@ def test_the_two_ways_to_store_a_weight_are_told_apart():
         SVDLinear(Conv1D(24, 40), "default", make_config(), r=5)
 
 
+@pytest.mark.parametrize("name", QUANTIZED_BY_BNB + QUANTIZED_BY_TORCHAO)
+def test_a_copied_model_of_quantized_weights_predicts_the_same(name):
+    model = make_model(KINDS[name]).eval()
+    x = torch.randn(KINDS[name].input_shape)
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+
+
 @pytest.mark.skipif(bnb is None, reason="needs bitsandbytes")
-class TestQuantized:
-    @pytest.mark.parametrize("name", QUANTIZED)
+class TestBitsandbytes:
+    @pytest.mark.parametrize("name", QUANTIZED_BY_BNB)
     def test_blocks_of_rows_are_those_of_the_whole_weight(self, name):
         # of sizes that do not fit the blocks of quantization
         from peft.tuners.adalora.base_weight import weight_rows
@@ -415,7 +474,7 @@ class TestQuantized:
         for start, stop in ((0, 25), (0, 1), (3, 4), (5, 17), (23, 30)):
             assert relative_error(rows[start:stop], expected[start:stop]) < 1e-7
 
-    @pytest.mark.parametrize("name", QUANTIZED)
+    @pytest.mark.parametrize("name", QUANTIZED_BY_BNB)
     def test_no_copy_of_the_whole_weight_is_alive_in_a_training_step(self, name):
         torch.manual_seed(0)
         base = quantize(nn.Linear(1024, 1024, bias=False), name.partition("-")[0], "double" in name)
@@ -443,12 +502,64 @@ class TestQuantized:
             for _ in range(2):
                 assert relative_error(weight_rows(base)[0:64], expected) < 4e-3
 
-    @pytest.mark.parametrize("name", QUANTIZED)
-    def test_a_copied_model_predicts_the_same(self, name):
-        model = make_model(KINDS[name]).eval()
-        x = torch.randn(KINDS[name].input_shape)
+
+@pytest.mark.skipif(torchao is None, reason="needs torchao")
+class TestTorchao:
+    @pytest.mark.parametrize("name", QUANTIZED_BY_TORCHAO)
+    def test_no_copy_of_the_whole_weight_is_alive_in_a_training_step(self, name):
+        torch.manual_seed(0)
+        base = quantize_by_torchao(nn.Linear(1024, 1024).weight, KINDS[name].torchao_config)
+        layer = SVDLinear(base, "default", make_config(), r=4)
+        factors = layer.update_factors("default")
+        peak = max(itertools.accumulate(allocations(lambda: layer._squared_norm(*factors))))
+        assert 0 < peak < 1024 * 1024 * 4
+
+    def test_the_row_norms_of_the_weight_are_computed_once_until_it_changes(self):
+        kind = KINDS["torchao-int8"]
+        layer = layer_of(make_model(kind))
+        x = torch.randn(kind.input_shape)
+        layer(x)
+        kept = layer._base_norm_memo._value
+        layer(x)
+        assert layer._base_norm_memo._value is kept
+        with torch.no_grad():
+            layer.get_base_layer().weight.scale.mul_(2)
+        layer(x)
+        torch.testing.assert_close(layer._base_norm_memo._value, 4 * kept)
+
+    def test_a_merge_that_could_not_be_quantized_is_refused_before_anything_changes(self):
+        kind = KINDS["torchao-int8"]
+        model = get_peft_model(Model(kind.make()), make_config(target_modules=["layer"]))
+        layer, x = layer_of(model), torch.randn(kind.input_shape)
+        train_by_hand(layer)
         expected = model(x)
-        assert torch.equal(copy.deepcopy(model)(x), expected)
+        for merge in (model.merge_adapter, model.merge_and_unload, layer.merge):
+            with pytest.raises(
+                NotImplementedError, match="how torchao quantized.*load the model with the `TorchAoConfig`"
+            ):
+                merge()
+        assert torch.equal(model(x), expected) and not layer.merged
+
+    @pytest.mark.parametrize(
+        "config", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"]
+    )
+    def test_a_layer_that_passes_no_gradient_to_its_input_is_refused(self, config):
+        base = quantize_by_torchao(nn.Linear(128, 32).weight, getattr(torchao, config)())
+        x = torch.randn(3, 128, requires_grad=True)
+        base(x).sum().backward()
+        assert x.grad is None
+        with pytest.raises(NotImplementedError, match="weight-only.*'layer' is a torch.nn.*; leave it out"):
+            get_peft_model(Model(base), make_config(target_modules=["layer"]))
+
+    def test_another_kind_of_weight_is_refused_by_its_path(self):
+        class Int4Tensor(nn.Parameter):
+            pass
+
+        Int4Tensor.__module__ = "torchao.quantization"
+        layer = nn.Linear(40, 24)
+        layer.weight = Int4Tensor(layer.weight.detach())
+        with pytest.raises(NotImplementedError, match="'layer'.*Int4Tensor; leave it out"):
+            get_peft_model(Model(layer), make_config(target_modules=["layer"]))
 
 
 def test_the_projection_of_an_attention_that_never_calls_it_is_refused():
@@ -461,16 +572,8 @@ def test_the_projection_of_an_attention_that_never_calls_it_is_refused():
         get_peft_model(Attention(), make_config(target_modules=["out_proj"]))
 
 
-@pytest.mark.parametrize("library", ["float8", "torchao"])
-def test_a_weight_quantized_otherwise_is_refused_by_its_path(library):
-    class Quantized(nn.Parameter):
-        pass
-
+def test_a_weight_of_a_dtype_without_arithmetic_is_refused_by_its_path():
     layer = nn.Linear(40, 24)
-    if library == "torchao":
-        Quantized.__module__ = "torchao.quantization"
-        layer.weight = Quantized(layer.weight.detach())
-    else:
-        layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(NotImplementedError, match="'layer'.*leave it out"):
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(NotImplementedError, match="'layer'.*float8_e4m3fn; leave it out"):
         get_peft_model(Model(layer), make_config(target_modules=["layer"]))

@@ -21,6 +21,7 @@ from transformers import (
     ResNetForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
+    TorchAoConfig,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -156,3 +157,37 @@ def test_a_model_trains_saves_loads_and_merges(case, tmp_path):
         merged = loaded.merge_and_unload(safe_merge=True)
         torch.testing.assert_close(merged(**batch).logits, expected, rtol=1e-4, atol=1e-4)
     assert merged.state_dict().keys() == weights.keys()
+
+
+def test_a_model_that_transformers_quantizes_with_torchao_trains_saves_loads_and_merges(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**DECODER)).save_pretrained(tmp_path / "base")
+    quantization_config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+
+    def load() -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization_config)
+
+    batch = text()
+    model = get_peft_model(load(), make_config(target_modules="all-linear", orth_reg_weight=0.1))
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=2e-2)
+    losses = []
+    for step in range(20):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+
+    model.eval()
+    with torch.no_grad():
+        expected = model(**batch).logits
+        model.save_pretrained(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+        merged = loaded.merge_and_unload(safe_merge=True)
+        change = (expected - load()(**batch).logits).norm()
+        assert (merged(**batch).logits - expected).norm() < 0.02 * change
+    assert type(merged.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"

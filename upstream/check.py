@@ -89,6 +89,7 @@ def make_environment(folder: Path) -> Path:
         "psutil",
         "pytest-xdist",
         "pyyaml",
+        "torchao",
         "tqdm",
         "transformers",
         "trl",

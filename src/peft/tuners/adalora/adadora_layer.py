@@ -30,7 +30,7 @@ from .adadora import (
     squared_adapted_row_norm,
     squared_row_norm,
 )
-from .base_weight import overwrite_weight, weight_rows
+from .base_weight import check_overwrite, overwrite_weight, stored_tensors, weight_rows
 from .config import AdaLoraConfig
 from .sharding import copy_whole_, is_partitioned, whole
 
@@ -42,6 +42,9 @@ class AdaDoraMixin:
 
     `lora_magnitude` holds the magnitudes, one of shape (out, 1) per AdaDoRA adapter.
     """
+
+    # how torchao quantized the model, for merging
+    torchao_config: Any = None
 
     @property
     def use_dora_adaptive(self) -> bool:
@@ -202,7 +205,10 @@ class AdaDoraMixin:
         if isinstance(adapter_names, str):
             return None
         adapter_name = self.adadora_adapter(list(dict.fromkeys([*self.merged_adapters, *adapter_names])))
-        return None if adapter_name in self.merged_adapters else adapter_name
+        if adapter_name is None or adapter_name in self.merged_adapters:
+            return None
+        check_overwrite(self.get_base_layer(), self.torchao_config)
+        return adapter_name
 
     def _merged_rows(self, adapter_name: str) -> Iterator[tuple[slice, torch.Tensor]]:
         base_layer = self.get_base_layer()
@@ -230,7 +236,8 @@ class AdaDoraMixin:
                 The names of the adapters to merge. If `None`, all active adapters are merged.
 
         Raises:
-            `NotImplementedError`: If an AdaDoRA adapter would be merged together with another adapter.
+            `NotImplementedError`: If an AdaDoRA adapter would be merged together with another adapter, or into a weight of
+                torchao without `torchao_config`.
             `ValueError`: If `safe_merge=True` and the merged weight is not finite.
         """
         if not self.merge_adadora(safe_merge, adapter_names):
@@ -244,7 +251,7 @@ class AdaDoraMixin:
             return False
         if safe_merge:
             self.check_merge_is_finite(adapter_name)
-        overwrite_weight(self.get_base_layer(), self._merged_rows(adapter_name))
+        overwrite_weight(self.get_base_layer(), self._merged_rows(adapter_name), self.torchao_config)
         self.merged_adapters.append(adapter_name)
         return True
 
@@ -316,7 +323,9 @@ class AdaDoraMixin:
         rows = weight_rows(base_layer)
         squared_base_norm = None
         if not torch.compiler.is_compiling():
-            squared_base_norm = self._base_norm_memo.get(lambda: squared_row_norm(rows), (base_layer.weight,))
+            squared_base_norm = self._base_norm_memo.get(
+                lambda: squared_row_norm(rows), tuple(stored_tensors(base_layer.weight))
+            )
         return squared_adapted_row_norm(rows, lora_A, scaled_E, lora_B, squared_base_norm)
 
     def _scaled_E_and_scale(self, adapter_name: str, params: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,7 +340,7 @@ class AdaDoraMixin:
         if self.training or getattr(self, "_is_fsdp_managed_module", False) or is_partitioned(weight):
             # FSDP2 and ZeRO-3 gather parameters for the forward pass into tensors that do not count it
             return compute()
-        tensors = (weight, *params, self.ranknum[adapter_name])
+        tensors = (*stored_tensors(weight), *params, self.ranknum[adapter_name])
         return self._eval_memo.get(compute, tensors, adapter_name, self.scaling[adapter_name])
 
     def train(self, mode: bool = True) -> "AdaDoraMixin":

@@ -89,6 +89,10 @@ class AdaDoraModelMixin:
         layers = self._check_targets(model, config, kwargs.get("state_dict")) if config.use_dora_adaptive else {}
         check_adapter_file(config, layers)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        quantization_config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+        if hasattr(quantization_config, "get_apply_tensor_subclass"):
+            for layer in self._adadora_layers():
+                layer.torchao_config = quantization_config.get_apply_tensor_subclass()
         if config.use_dora_adaptive and hasattr(model, "add_model_tags"):
             model.add_model_tags("adadora")  # of the model card that PEFT writes
         if not config.inference_mode:

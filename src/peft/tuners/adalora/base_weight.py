@@ -32,6 +32,20 @@ from .sharding import copy_whole_, is_sharded
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# of which rows can be taken and dequantized
+TORCHAO_WEIGHTS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+
+
+def is_torchao(weight: Any) -> bool:
+    """Whether torchao holds a weight, told without importing it."""
+    return type(weight).__module__.startswith("torchao.")
+
+
+def _is_supported_by_torchao(weight: torch.Tensor) -> bool:
+    # a layer that quantizes its input as well passes no gradient back to it
+    quantizes_input = any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
+    return type(weight).__name__ in TORCHAO_WEIGHTS and not quantizes_input
+
 
 def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: Optional[bool] = None) -> None:
     """
@@ -47,8 +61,9 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
 
     Raises:
         `NotImplementedError`:
-            If the module is none of `nn.Linear`, `Conv1D` of transformers, `nn.Conv2d`, and the 4-bit and 8-bit linear
-            layers of bitsandbytes, or if `fan_in_fan_out` does not say how it stores its weight.
+            If the module is none of `nn.Linear`, `Conv1D` of transformers, `nn.Conv2d`, the 4-bit and 8-bit linear layers of
+            bitsandbytes, and `nn.Linear` with a weight that torchao quantized to 8 bits but not its input, or if `fan_in_fan_out` does not say how it
+            stores its weight.
     """
     where = f"module {name!r}" if name else "the given module"
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -57,13 +72,17 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
         not isinstance(module, (nn.Linear, Conv1D, nn.Conv2d))
         # never called: the attention takes its weight and makes the product itself
         or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        or type(weight).__module__.startswith("torchao.")
+        or (is_torchao(weight) and not _is_supported_by_torchao(weight))
         or (not get_bnb_param_type(weight) and weight.dtype not in FLOAT_DTYPES)
     ):
-        dtype = f" with a weight of dtype {weight.dtype}" if isinstance(weight, torch.Tensor) else ""
+        if is_torchao(weight):
+            kind += f" with a weight of type {type(weight).__name__}"
+        elif isinstance(weight, torch.Tensor):
+            kind += f" with a weight of dtype {weight.dtype}"
         raise NotImplementedError(
-            "`use_dora_adaptive=True` supports nn.Linear, transformers' Conv1D, nn.Conv2d, and the 4-bit and 8-bit linear "
-            f"layers of bitsandbytes, but {where} is a {kind}{dtype}; leave it out of `target_modules`."
+            "`use_dora_adaptive=True` supports nn.Linear, transformers' Conv1D, nn.Conv2d, the 4-bit and 8-bit linear "
+            f"layers of bitsandbytes, and weight-only 8-bit quantization of torchao, but {where} is a {kind}; leave it out "
+            "of `target_modules`."
         )
     if fan_in_fan_out and not isinstance(module, Conv1D):
         raise NotImplementedError(
@@ -129,9 +148,20 @@ def weight_rows(module: nn.Module, weight: Optional[torch.Tensor] = None) -> tor
         return _rows_of_4bit(module)
     if kind == "8bit" and module.weight.dtype == torch.int8:
         return _rows_of_8bit(module)
+    if is_torchao(weight):
+        return QuantizedRows(
+            weight.shape, weight.dtype, weight.device, lambda start, stop: weight[start:stop].dequantize()
+        )
     if isinstance(module, Conv1D):
         return weight.T
     return weight.flatten(1)
+
+
+def stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that change when a weight does: those that it wraps, or the weight itself."""
+    if is_torchao(weight):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight]
 
 
 def _quant_state(module: nn.Module) -> Any:
@@ -187,8 +217,19 @@ def _rows_of_8bit(module: nn.Module) -> QuantizedRows:
     return QuantizedRows(weight.shape, torch.float32, weight.device, dequantize)
 
 
+def check_overwrite(module: nn.Module, torchao_config: Any) -> None:
+    """Raise a `NotImplementedError` if [`overwrite_weight`] cannot quantize the weight of a layer again."""
+    if is_torchao(module.weight) and torchao_config is None:
+        raise NotImplementedError(
+            "The model does not say how torchao quantized its weights, so the merged weight cannot be quantized; load the "
+            "model with the `TorchAoConfig` of transformers."
+        )
+
+
 @torch.no_grad()
-def overwrite_weight(module: nn.Module, blocks: Iterable[tuple[slice, torch.Tensor]]) -> None:
+def overwrite_weight(
+    module: nn.Module, blocks: Iterable[tuple[slice, torch.Tensor]], torchao_config: Any = None
+) -> None:
     """
     Give a layer another weight, which is quantized again if it was.
 
@@ -197,9 +238,19 @@ def overwrite_weight(module: nn.Module, blocks: Iterable[tuple[slice, torch.Tens
             A layer that [`check_magnitude_support`] accepts.
         blocks (`Iterable[tuple[slice, torch.Tensor]]`):
             All rows of the weight as a matrix of shape (out, in), block by block: which rows, and their values.
+        torchao_config (`torchao.core.config.AOBaseConfig`, *optional*):
+            How to quantize, for a weight of torchao.
     """
     weight = module.weight
-    if isinstance(weight_rows(module), QuantizedRows):
+    if is_torchao(weight):
+        from torchao import quantize_
+
+        # it quantizes a layer, because such a weight cannot be written in place
+        stand_in = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+        stand_in.weight = nn.Parameter(torch.cat([values for _, values in blocks]), requires_grad=False)
+        quantize_(stand_in, torchao_config)
+        module.weight = stand_in.weight
+    elif isinstance(weight_rows(module), QuantizedRows):
         options = {
             key: value
             for key, value in vars(weight).items()

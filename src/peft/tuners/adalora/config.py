@@ -29,9 +29,9 @@ class AdaLoraConfig(AdaDoraConfigMixin, stock.AdaLoraConfig):
         use_dora_adaptive (`bool`):
             Use AdaDoRA: besides the prunable update, which decides the direction of each row of the adapted weight, learn
             the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353). Pruning never
-            touches the magnitudes. Supported for `nn.Linear`, `Conv1D` and `nn.Conv2d` layers and for the 4-bit and 8-bit
-            linear layers of bitsandbytes. An AdaDoRA adapter has to be the only active adapter, and once merged it cannot
-            be unmerged. Defaults to `False`, which is plain AdaLoRA.
+            touches the magnitudes. Supported for `nn.Linear`, `Conv1D` and `nn.Conv2d` layers, the 4-bit and 8-bit linear
+            layers of bitsandbytes, and weight-only 8-bit quantization of torchao. An AdaDoRA adapter has to be the only
+            active adapter, and once merged it cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
         weights_sha256 (`str`, *optional*):
             Checksum of the saved weights of an AdaDoRA adapter, set when it is saved and checked before it is loaded from
             a folder. Remove it from `adapter_config.json` to load weights that were edited.
@@ -45,9 +45,9 @@ class AdaLoraConfig(AdaDoraConfigMixin, stock.AdaLoraConfig):
         metadata={
             "help": (
                 "Use AdaDoRA: learn the length of each row of the adapted weight (its magnitude, as in DoRA) besides "
-                "AdaLoRA's prunable update. Supported for nn.Linear, Conv1D and nn.Conv2d layers and for the 4-bit and "
-                "8-bit linear layers of bitsandbytes. An AdaDoRA adapter has to be the only active adapter, and once "
-                "merged it cannot be unmerged."
+                "AdaLoRA's prunable update. Supported for nn.Linear, Conv1D and nn.Conv2d layers, the 4-bit and 8-bit "
+                "linear layers of bitsandbytes, and weight-only 8-bit quantization of torchao. An AdaDoRA adapter has "
+                "to be the only active adapter, and once merged it cannot be unmerged."
             )
         },
     )
