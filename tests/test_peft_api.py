@@ -3,9 +3,19 @@
 import pytest
 import torch
 from helpers import TARGETS, make_config, make_mlp, make_peft_mlp, parameter_bytes, svd_layers, train_by_hand
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from peft import LoHaConfig, LoraConfig, PeftMixedModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.utils.hotswap import hotswap_adapter
 
 
@@ -86,6 +96,54 @@ def test_generating_with_a_cache_of_keys_and_values_gives_the_same_tokens_and_sc
     assert not torch.allclose(torch.stack(unadapted.logits), torch.stack(plain.logits), atol=1e-2)
     merged = model.merge_and_unload().generate(input_ids=prompt, **options)
     torch.testing.assert_close(torch.stack(merged.logits), torch.stack(plain.logits), rtol=1e-3, atol=1e-3)
+
+
+def load_into_transformers_model(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model.load_adapter(str(folder / "adapter"))
+    return model
+
+
+def load_by_injection(folder):
+    config = PeftConfig.from_pretrained(folder / "adapter")
+    model = inject_adapter_in_model(config, AutoModelForCausalLM.from_pretrained(folder / "base"))
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, {key.removeprefix("base_model.model."): w for key, w in weights.items()})
+    return model
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda folder: AutoPeftModelForCausalLM.from_pretrained(folder / "adapter"),
+        lambda folder: AutoModelForCausalLM.from_pretrained(folder / "adapter"),
+        load_into_transformers_model,
+        load_by_injection,
+    ],
+    ids=["AutoPeftModel", "AutoModel", "load_adapter", "inject_adapter_in_model"],
+)
+def test_a_pruned_adapter_can_be_loaded_in_each_way_that_there_is(load, tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, make_config(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")).eval()
+    for number, layer in enumerate(svd_layers(model).values()):
+        train_by_hand(layer)
+        with torch.no_grad():
+            layer.lora_E["default"][: number + 3] = 0  # the last of the four layers to rank 0
+    model.peft_config["default"].rank_pattern = {
+        name.removeprefix("base_model.model."): (param != 0).view(-1).tolist()
+        for name, param in model.named_parameters()
+        if ".lora_E." in name
+    }
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.randint(3, 64, (2, 7))
+    loaded = load(tmp_path).eval()
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+    assert sorted(layer.r["default"] for layer in svd_layers(loaded).values()) == [0, 1, 2, 3]
 
 
 class TestMixedModel:

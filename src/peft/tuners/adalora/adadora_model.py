@@ -89,6 +89,12 @@ class AdaDoraModelMixin:
         layers = self._check_targets(model, config, kwargs.get("state_dict")) if config.use_dora_adaptive else {}
         check_adapter_file(config, layers)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.inference_mode and config.rank_pattern:
+            # at once, because transformers loads weights without asking for `resize_modules_by_rank_pattern`
+            pattern = {
+                name: kept for name, kept in config.rank_pattern.items() if name.partition(".lora_E")[0] in layers
+            }
+            self.keep_ranks(pattern, adapter_name)
         quantization_config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
         if hasattr(quantization_config, "get_apply_tensor_subclass"):
             for layer in self._adadora_layers():
@@ -178,7 +184,8 @@ class AdaDoraModelMixin:
         if all(adapter_name not in layer.lora_magnitude and not layer.lora_E[adapter_name].is_meta for layer in masks):
             return False
         for layer, mask in masks.items():
-            layer.keep_ranks(adapter_name, mask.nonzero().view(-1))
+            if layer.r[adapter_name] != int(mask.sum()):
+                layer.keep_ranks(adapter_name, mask.nonzero().view(-1))
         return True
 
     @classmethod

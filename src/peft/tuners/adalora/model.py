@@ -107,6 +107,7 @@ class AdaLoraModel(AdaDoraModelMixin, stock.AdaLoraModel):
         # the mapping alone, to check the weights before AdaLoRA's implementation resizes the model
         mapped = super(LoraModel, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         checked = cls._check_loaded(model, config, adapter_name, mapped)
-        if getattr(model, "keep_shapes_on_load", False):
+        if getattr(model, "keep_shapes_on_load", False) or not hasattr(model, "resize_modules_by_rank_pattern"):
+            # without AdaLoraModel, the adapter got its ranks when it was injected
             return checked
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
