@@ -74,9 +74,9 @@ MUTANTS = [
     Mutant(
         "lose the magnitude when resizing",
         "adadora_model.py",
-        "            layer.keep_ranks(adapter_name, mask.nonzero().view(-1))\n",
-        "            layer.keep_ranks(adapter_name, mask.nonzero().view(-1))\n"
-        "            layer.reset_magnitude(adapter_name)\n",
+        "                layer.keep_ranks(adapter_name, mask.nonzero().view(-1))\n",
+        "                layer.keep_ranks(adapter_name, mask.nonzero().view(-1))\n"
+        "                layer.reset_magnitude(adapter_name)\n",
     ),
     Mutant(
         "scale the bias, too",
@@ -105,6 +105,12 @@ MUTANTS = [
         "allocator.py",
         ' and "lora_magnitude" not in name',
         "",
+    ),
+    Mutant(
+        "train the number that the update is divided by",
+        "adadora_layer.py",
+        "            self.ranknum[adapter_name].requires_grad_(False)\n",
+        "            self.ranknum[adapter_name].requires_grad_(True)\n",
     ),
     Mutant(
         "divide by a norm of zero",
