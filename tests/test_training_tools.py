@@ -1,14 +1,16 @@
 """AdaDoRA with the tools around training: accelerate, mixed precision, checkpointing of activations, model cards."""
 
 import pytest
+import tokenizers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCard
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, make_trainer
-from transformers import LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.adalora import AdaLoraCallback
 
 
 TOKENS = RandomTokens()[7]["input_ids"][None]
@@ -17,6 +19,15 @@ TOKENS = RandomTokens()[7]["input_ids"][None]
 def logits_of(model):
     with torch.no_grad():
         return model.eval()(input_ids=TOKENS).logits.float()
+
+
+def make_tokenizer():
+    """One that knows a word for each token of `make_llama`."""
+    vocabulary = {f"word{index}": index for index in range(32)}
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="word0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), eos_token="word31", pad_token="word30", unk_token="word0"
+    )
 
 
 class AccelerateLoop:
@@ -91,6 +102,47 @@ def test_after_prepare_model_for_kbit_training():
     grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
     assert all(torch.isfinite(grad).all() for grad in grads.values())
     assert any(grad.abs().max() > 0 for name, grad in grads.items() if "lora_magnitude" in name)
+
+
+def test_magnitudes_learn_in_trl_which_casts_adapters_of_quantized_models_to_bfloat16(tmp_path):
+    trl = pytest.importorskip("trl")
+    bnb = pytest.importorskip("bitsandbytes")
+    from datasets import Dataset
+
+    make_llama().save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    trainer = trl.SFTTrainer(
+        model=LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization, device_map="cpu"),
+        args=trl.SFTConfig(
+            str(tmp_path / "run"),
+            max_steps=STEPS,
+            per_device_train_batch_size=4,
+            learning_rate=1e-4,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": RandomTokens()[index]["input_ids"].tolist()} for index in range(64)]
+        ),
+        processing_class=make_tokenizer(),
+        peft_config=make_adalora_config(lora_dropout=0.0),
+        callbacks=[AdaLoraCallback()],
+    )
+    params = {name: param for name, param in trainer.model.named_parameters() if param.requires_grad}
+    assert {param.dtype for name, param in params.items() if "lora_A" in name} == {torch.bfloat16}
+    before = {name: param.clone() for name, param in params.items() if "lora_magnitude" in name}
+    layer = trainer.model.base_model.model.model.layers[0].mlp.down_proj
+    weight = layer.get_base_layer().weight
+    norm = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer.lora_magnitude["default"].detach(), norm)
+    trainer.train()
+    for name, param in params.items():
+        if "lora_magnitude" in name:
+            assert param.dtype == torch.float32
+            # 16 steps of Adam, each of about the learning rate that falls to 0
+            assert (param != before[name]).float().mean() > 0.9, name
 
 
 class TestAfterTraining:

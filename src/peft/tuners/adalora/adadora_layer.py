@@ -30,7 +30,7 @@ from .adadora import (
     squared_adapted_row_norm,
     squared_row_norm,
 )
-from .base_weight import check_overwrite, overwrite_weight, stored_tensors, weight_rows
+from .base_weight import check_overwrite, is_quantized, overwrite_weight, stored_tensors, weight_rows
 from .config import AdaLoraConfig
 from .sharding import copy_whole_, is_partitioned, whole
 
@@ -122,9 +122,31 @@ class AdaDoraMixin:
         PEFT creates adapter weights in the dtype of the base weight and upcasts them afterwards. A magnitude that
         differs from what the row norm of the base weight is rounded to has been trained, and is left alone.
         """
-        magnitude = self.lora_magnitude[adapter_name]
         dtype = self.get_base_layer().weight.dtype
-        if magnitude.is_meta or magnitude.dtype == dtype or not dtype.is_floating_point:
+        if dtype.is_floating_point:
+            self._undo_rounding(adapter_name, dtype)
+
+    @torch.no_grad()
+    def upcast_quantized_magnitudes(self) -> None:
+        """
+        Give magnitudes of a quantized weight that were cast to a low precision float32 again.
+
+        TRL's trainers cast all of an adapter over quantized weights to bfloat16 but for magnitudes with LoRA's name for
+        them. There the steps of an optimizer are smaller than those from one number to the next, so that a magnitude stays
+        as it is (https://github.com/huggingface/trl/issues/7268).
+        """
+        if not is_quantized(self.get_base_layer()):
+            return
+        for adapter_name, magnitude in self.lora_magnitude.items():
+            dtype = magnitude.dtype
+            if dtype.itemsize < 4:
+                magnitude.data = magnitude.data.float()
+                self._undo_rounding(adapter_name, dtype)
+
+    def _undo_rounding(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Set a magnitude to the row norm of the base weight if that, rounded to a dtype, is what it is."""
+        magnitude = self.lora_magnitude[adapter_name]
+        if magnitude.is_meta or magnitude.dtype == dtype:
             return
         norm = self._base_row_norm()
         if torch.equal(norm.to(dtype).to(magnitude.dtype), magnitude):

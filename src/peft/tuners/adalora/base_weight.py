@@ -130,6 +130,14 @@ class QuantizedRows:
         return self.dequantize(start, stop)
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the weight of a layer is quantized by now; bitsandbytes does so when it moves to a device."""
+    kind = get_bnb_param_type(module.weight)
+    if kind == "4bit":
+        return _quant_state(module) is not None
+    return module.weight.dtype == torch.int8 if kind == "8bit" else is_torchao(module.weight)
+
+
 def weight_rows(module: nn.Module, weight: Optional[torch.Tensor] = None) -> torch.Tensor | QuantizedRows:
     """
     The weight of a layer as a matrix of shape (out, in): a view of it or, if it is quantized, an object that dequantizes
@@ -143,12 +151,10 @@ def weight_rows(module: nn.Module, weight: Optional[torch.Tensor] = None) -> tor
     """
     if weight is None:
         weight = module.weight.detach()
-    kind = get_bnb_param_type(module.weight)
-    if kind == "4bit" and _quant_state(module) is not None:
-        return _rows_of_4bit(module)
-    if kind == "8bit" and module.weight.dtype == torch.int8:
-        return _rows_of_8bit(module)
-    if is_torchao(weight):
+    if is_quantized(module):
+        kind = get_bnb_param_type(module.weight)
+        if kind:
+            return _rows_of_4bit(module) if kind == "4bit" else _rows_of_8bit(module)
         return QuantizedRows(
             weight.shape, weight.dtype, weight.device, lambda start, stop: weight[start:stop].dequantize()
         )
@@ -250,7 +256,7 @@ def overwrite_weight(
         stand_in.weight = nn.Parameter(torch.cat([values for _, values in blocks]), requires_grad=False)
         quantize_(stand_in, torchao_config)
         module.weight = stand_in.weight
-    elif isinstance(weight_rows(module), QuantizedRows):
+    elif is_quantized(module):
         options = {
             key: value
             for key, value in vars(weight).items()

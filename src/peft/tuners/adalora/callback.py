@@ -30,6 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from .adadora_layer import AdaDoraMixin
 from .checkpoint import checksum
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator
@@ -65,6 +66,8 @@ class AdaLoraCallback(TrainerCallback):
     The adapter may also come from `model.add_adapter` of transformers or from `inject_adapter_in_model`. What is added to
     the loss for the orthogonality of A and B is then missing, because [`AdaLoraModel`] is.
 
+    Magnitudes of quantized weights that the trainer has cast to bfloat16, as TRL's do, are made float32 again.
+
     Raises:
         `ValueError`: When training starts, if the model has no AdaLoRA adapter to train, if the schedule does not fit the
             number of steps, if the adapter was loaded pruned, or if the checkpoint's `adalora_state.safetensors` is broken.
@@ -87,6 +90,8 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         for tuner in _modules(model, AdaLoraModel):
             tuner.keep_shapes_on_load = True
+        for layer in _modules(model, AdaDoraMixin):
+            layer.upcast_quantized_magnitudes()
         with args.main_process_first(local=False, desc="looking for unfinished checkpoints"):
             if args.process_index == 0:
                 _set_aside_unfinished_checkpoints(args.output_dir)
