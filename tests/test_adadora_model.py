@@ -228,6 +228,7 @@ class TestSaveAndLoad:
         layer.update_layer("default", 2, lora_alpha=12, config=make_config())
         assert layer.lora_A["default"].shape[0] == 2
         assert torch.equal(layer.lora_magnitude["default"], learned)
+        assert not layer.ranknum["default"].requires_grad
 
     def test_an_update_that_is_refused_keeps_a_learned_magnitude(self):
         layer = make_layer(8, 5, 4)

@@ -77,6 +77,7 @@ class AdaDoraMixin:
             magnitude = torch.empty(self.out_features, 1, device=lora_E.device, dtype=lora_E.dtype)
             self.lora_magnitude[adapter_name] = nn.Parameter(magnitude, requires_grad=lora_E.requires_grad)
             self.reset_magnitude(adapter_name)
+        if adapter_name in self.lora_magnitude:
             self.ranknum[adapter_name].requires_grad_(False)
 
     def frozen_parts(self, adapter_name: str) -> list[nn.ParameterDict]:

@@ -62,8 +62,8 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
     Raises:
         `NotImplementedError`:
             If the module is none of `nn.Linear`, `Conv1D` of transformers, `nn.Conv2d`, the 4-bit and 8-bit linear layers of
-            bitsandbytes, and `nn.Linear` with a weight that torchao quantized to 8 bits but not its input, or if `fan_in_fan_out` does not say how it
-            stores its weight.
+            bitsandbytes, and `nn.Linear` of which torchao quantized the weight, but not the input, to 8 bits, or if
+            `fan_in_fan_out` does not say how it stores its weight.
     """
     where = f"module {name!r}" if name else "the given module"
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
