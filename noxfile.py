@@ -1,4 +1,4 @@
-"""Runs the behavioural tests with the versions of Python, torch, PEFT and transformers that people have: `make matrix`."""
+"""Runs the behavioural tests with the Pythons and the torch, PEFT and transformers that people have: `make matrix`."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: where the overlay's modules go, and that the start-up file goes beside the package."""
+"""What pyproject.toml cannot say: where the overlay's modules go, and that the start-up file goes beside them."""
 
 import os
 

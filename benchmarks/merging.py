@@ -113,6 +113,6 @@ def tables(settings: Settings) -> Iterator[Table]:
         "merging",
         "Accuracy of merging",
         [merge_row(name, settings) for name in LAYERS],
-        "‖merged − exact‖ / ‖exact‖ of the weight, the exact one being (m / n) ⊙ (W + ΔW) in float64, and the same for the "
-        "exact one stored in the layer's own format.",
+        "‖merged − exact‖ / ‖exact‖ of the weight, the exact one being (m / n) ⊙ (W + ΔW) in float64, and the same "
+        "for the exact one stored in the layer's own format.",
     )

@@ -4,8 +4,8 @@ The start-up file `peft_adadora.pth` imports this module in every interpreter of
 imports nothing that is not loaded anyway; what the finder needs is imported when PEFT is. It puts a finder on
 `sys.meta_path` that answers for one package, and where PEFT is older than 0.21 for one module more:
 
-- `peft.tuners.adalora` gets our `__init__.py`, and our folder in front of the installed one on its `__path__`. A module
-  that we have wins over the installed one of the same name, and any other comes from the installed package.
+- `peft.tuners.adalora` gets our `__init__.py`, and our folder in front of the installed one on its `__path__`. A
+  module that we have wins over the installed one of the same name, and any other comes from the installed package.
 - `peft.tuners.adalora.stock_<module>` is the installed version of a module that we override (`stock___init__` that of
   the package itself). Ours subclass what is in there. Because it lives in the same package, its relative imports reach
   our classes.
@@ -31,7 +31,9 @@ def installed_version() -> str:
 
 
 def overlay_folder() -> str:
-    """The folder that holds our modules of `PACKAGE`: inside `peft_adadora` when installed, in `src/` when editable."""
+    """
+    The folder that holds our modules of `PACKAGE`: inside `peft_adadora` when installed, in `src/` when editable.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     installed = os.path.join(here, "peft_adadora", "peft")
     root = installed if os.path.isdir(installed) else os.path.join(here, "peft")

@@ -1,7 +1,7 @@
 """The command `peft-adadora`, and what it says about an environment.
 
-It lies beside `peft_adadora` and not in it, because that package refuses to be imported where AdaDoRA cannot be active, and
-to say why is what the command is for.
+It lies beside `peft_adadora` and not in it, because that package refuses to be imported where AdaDoRA cannot be
+active, and to say why is what the command is for.
 """
 
 import argparse
@@ -117,7 +117,10 @@ def _explain(found: dict[str, Any], versions: dict[str, str]) -> tuple[str, str]
         return f"PEFT's AdaLoRA cannot be imported ({found['error']}).", "pip install --force-reinstall peft-adadora"
     if found["start_up"]:
         return (
-            f"Another import hook brought PEFT's AdaLoRA from {found['adalora']}; the hooks are {', '.join(found['hooks'])}.",
+            (
+                f"Another import hook brought PEFT's AdaLoRA from {found['adalora']}; the hooks are "
+                f"{', '.join(found['hooks'])}."
+            ),
             "Remove the hook in front of OverlayFinder.",
         )
     first = "import `peft_adadora` before `peft`"
@@ -126,7 +129,7 @@ def _explain(found: dict[str, Any], versions: dict[str, str]) -> tuple[str, str]
     here = os.path.dirname(os.path.abspath(overlay.__file__))
     if os.path.isfile(os.path.join(here, START_UP_FILE)):
         return (
-            f"{here} is no site folder, as after `pip install --target`, so Python does not read {START_UP_FILE} in it.",
+            f"{here} is no site folder, as after `pip install --target`, so Python reads no {START_UP_FILE} in it.",
             f"Install with pip into an environment, or {first}.",
         )
     return (
@@ -147,8 +150,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     report.add_argument(
         "--base-model",
         metavar="PATH_OR_NAME",
-        help="where the base weights are, to tell the drift of the magnitudes (default: those that the adapter names, if they "
-        "are on this machine)",
+        help="where the base weights are, to tell the drift of the magnitudes (default: those that the adapter names, "
+        "if they are on this machine)",
     )
     commands.add_parser("doctor", help="versions, and whether AdaDoRA is active; if not, why not and what to do")
     options = parser.parse_args(arguments)

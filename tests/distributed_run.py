@@ -125,7 +125,9 @@ def train_with_trainer(folder: Path) -> dict[str, Any]:
 
 
 def watch_pruned_entries(trainer: Trainer) -> list[float]:
-    """The largest pruned entry of any E at each forward pass after the last allocation, from where on each step masks."""
+    """
+    The largest pruned entry of any E at each forward pass after the last allocation, from where on each step masks.
+    """
     largest = []
     config = trainer.model.peft_config["default"]
 

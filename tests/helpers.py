@@ -11,7 +11,9 @@ from peft.tuners.adalora import SVDLinear
 
 
 def make_config(**kwargs) -> AdaLoraConfig:
-    """A config with a schedule of 20 steps that prunes from rank 6 to an average of 2; AdaDoRA unless told otherwise."""
+    """
+    A config with a schedule of 20 steps that prunes from rank 6 to an average of 2; AdaDoRA unless told otherwise.
+    """
     defaults = {
         "init_r": 6,
         "target_r": 2,
@@ -35,7 +37,9 @@ def make_layer(
     seed: int = 0,
     **config_kwargs,
 ) -> SVDLinear:
-    """An adapted linear layer, by default with an adapter that looks trained: large update, magnitudes moved by 20 %."""
+    """
+    An adapted linear layer, by default with an adapter that looks trained: large update, magnitudes moved by 20 %.
+    """
     torch.manual_seed(seed)
     base = nn.Linear(in_features, out_features, bias=bias).to(dtype)
     layer = SVDLinear(base, "default", make_config(**config_kwargs), r=rank, lora_alpha=12)

@@ -2,8 +2,8 @@
 
     python tests/peft_own_tests.py FOLDER
 
-FOLDER is where the source distribution is unpacked and the two JUnit reports are written. Tests that need a hub fail or
-are skipped both times. Exits with 1 if the outcome of any test differs.
+FOLDER is where the source distribution is unpacked and the two JUnit reports are written. Tests that need a hub fail
+or are skipped both times. Exits with 1 if the outcome of any test differs.
 """
 
 import argparse

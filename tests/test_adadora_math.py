@@ -27,7 +27,9 @@ layers = st.builds(
 
 
 def assume_no_cancellation(reference: Reference) -> None:
-    """Leave out rows where W + ΔW is much shorter than W: there, rounding in W alone moves the norm by more than 1e-5."""
+    """
+    Leave out rows where W + ΔW is much shorter than W: there, rounding in W alone moves the norm by more than 1e-5.
+    """
     norm, base_norm = reference.row_norm(), reference.weight.norm(dim=1, keepdim=True)
     assume(bool((norm > 0.1 * base_norm).all()))
 

@@ -503,8 +503,8 @@ def test_the_package_carries_2225_articles_of_5_topics(bbc_news):
 
 def test_an_article_is_its_headline_and_first_paragraph(bbc_news):
     assert bbc_news[0].text == (
-        "Ad sales boost Time Warner profit Quarterly profits at US media giant TimeWarner jumped 76% to $1.13bn (£600m) "
-        "for the three months to December, from $639m year-earlier."
+        "Ad sales boost Time Warner profit Quarterly profits at US media giant TimeWarner jumped 76% to $1.13bn "
+        "(£600m) for the three months to December, from $639m year-earlier."
     )
 
 

@@ -42,8 +42,8 @@ class Kind:
         input_shape: The shape of an input.
         output_error: By how much the layer's own output may differ from the exact one of its weight, relative.
         input_gradient_error: The same of the gradient of the input, which the layer itself passes back.
-        eval_error: By how much the scale may be off in eval mode, where bitsandbytes rounds the scales of 4-bit weights to
-            bfloat16 on CPUs that compute with it.
+        eval_error: By how much the scale may be off in eval mode, where bitsandbytes rounds the scales of 4-bit
+            weights to bfloat16 on CPUs that compute with it.
         merge_error: By how much the merged weight may differ from the exact one, relative, as a function of it.
         torchao_config: How torchao quantizes such a layer.
     """
@@ -234,7 +234,9 @@ def reference_of(kind: Kind, layer: AdaLoraLayer) -> Reference:
 def reference_output(
     kind: Kind, layer: AdaLoraLayer, reference: Reference, x: torch.Tensor, output_of_base: bool = False
 ) -> torch.Tensor:
-    """The exact output of the layer or, with `output_of_base`, that of exact arithmetic around the base layer's output."""
+    """
+    The exact output of the layer or, with `output_of_base`, that of exact arithmetic around the base layer's output.
+    """
     base = layer.get_base_layer()
     shape = (-1, 1, 1) if isinstance(base, nn.Conv2d) else (-1,)
     scale = (reference.magnitude / reference.row_norm().detach()).view(shape)

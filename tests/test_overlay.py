@@ -1,8 +1,8 @@
 """How AdaDoRA is laid over the installed PEFT: installing, starting up, uninstalling, and leaving the rest as it is.
 
-The project is installed into virtual environments of its own, from a copy of the checkout. They see the packages of the
-environment that runs the tests, but not its start-up files. Where only the way into the interpreter matters, a stand-in
-for PEFT that is imported in no time takes the place of the real one.
+The project is installed into virtual environments of its own, from a copy of the checkout. They see the packages of
+the environment that runs the tests, but not its start-up files. Where only the way into the interpreter matters, a
+stand-in for PEFT that is imported in no time takes the place of the real one.
 """
 
 import ensurepip

@@ -1,4 +1,4 @@
-"""AdaDoRA on the architectures that people fine-tune, built small from their configs: trained, saved, loaded, merged."""
+"""AdaDoRA on architectures that people fine-tune, built small from their configs: trained, saved, loaded, merged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -294,6 +294,14 @@ def truncate(name):
     return do
 
 
+def remove(name):
+    return lambda adapter: (adapter / name).unlink()
+
+
+def edit_config(**changes):
+    return lambda adapter: edit_json(adapter / "adapter_config.json", **changes)
+
+
 def drop(key):
     return lambda adapter: edit_weights(adapter, lambda weights: weights.pop(key))
 
@@ -309,10 +317,10 @@ class TestBrokenInput:
             (lora, "adapter of the type LORA, not of AdaLoRA or AdaDoRA"),
             (truncate("adapter_config.json"), "adapter_config.json cannot be read"),
             (truncate("adapter_model.safetensors"), "adapter_model.safetensors cannot be read"),
-            (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "There is no adapter_model.safetensors"),
-            (lambda adapter: (adapter / "adapter_config.json").unlink(), "There is no adapter in"),
-            (lambda adapter: edit_json(adapter / "adapter_config.json", tinit=None), "tinit is None instead of a number"),
-            (lambda adapter: edit_json(adapter / "adapter_config.json", rank_pattern={"first.lora_E": [True] * 5}), "do not fit"),
+            (remove("adapter_model.safetensors"), "There is no adapter_model.safetensors"),
+            (remove("adapter_config.json"), "There is no adapter in"),
+            (edit_config(tinit=None), "tinit is None instead of a number"),
+            (edit_config(rank_pattern={"first.lora_E": [True] * 5}), "do not fit"),
             (drop("base_model.model.first.lora_magnitude"), "first.lora_magnitude is missing"),
             (drop("base_model.model.first.lora_B"), "first.lora_B is missing"),
             (spoil, "first.lora_magnitude in .* is broken"),

@@ -8,7 +8,9 @@ from trainer_run import STEPS, run_in_process, train
 
 
 def soak(folder, cycles: int, seed: int) -> None:
-    """Runs with `cycles` kills in all; each run that comes to its end has to end as the first one, which is left alone."""
+    """
+    Runs with `cycles` kills in all; each run that comes to its end has to end as the first one, which is left alone.
+    """
     moments = random.Random(seed)
     expected_folder = folder / "expected"
     assert run_in_process(train, expected_folder, save_total_limit=2) == 0

@@ -1,7 +1,7 @@
 """A small training run with the Trainer of transformers that can be killed and resumed; it is as random as a real one.
 
-Run in a process of its own (`run_in_process`), it can be killed with SIGKILL. The processes are forked from a server that
-has imported everything, so that one takes a second and not ten.
+Run in a process of its own (`run_in_process`), it can be killed with SIGKILL. The processes are forked from a server
+that has imported everything, so that one takes a second and not ten.
 """
 
 import multiprocessing
@@ -52,7 +52,9 @@ def make_llama() -> LlamaForCausalLM:
 
 
 def make_adalora_config(**kwargs: Any) -> AdaLoraConfig:
-    """Allocates at steps 3 to 11 of 16, with dropout, which makes a run depend on the state of the random generators."""
+    """
+    Allocates at steps 3 to 11 of 16, with dropout, which makes a run depend on the state of the random generators.
+    """
     defaults = {
         "init_r": 4,
         "target_r": 2,

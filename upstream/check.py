@@ -2,10 +2,11 @@
 
     python upstream/check.py FOLDER
 
-In FOLDER it unpacks the pinned source distribution of PEFT twice and patches one: our modules of `peft.tuners.adalora` that
-PEFT does not have are copied, and `adadora.patch` edits those that it has. Both are installed in turn in a fresh environment
-without `peft-adadora`. PEFT's own tests must have the same outcomes with the change as without it, and the behavioural tests of
-this project, the same files, must pass. Where PEFT has a newer release, it tells which edits no longer apply to it.
+In FOLDER it unpacks the pinned source distribution of PEFT twice and patches one: our modules of `peft.tuners.adalora`
+that PEFT does not have are copied, and `adadora.patch` edits those that it has. Both are installed in turn in a fresh
+environment without `peft-adadora`. PEFT's own tests must have the same outcomes with the change as without it, and the
+behavioural tests of this project, the same files, must pass. Where PEFT has a newer release, it tells which edits no
+longer apply to it.
 
 Exits with 1 if anything differs or fails.
 """
@@ -40,7 +41,9 @@ http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None
 
 
 def fetch(folder: Path, *requirement: str) -> Path | None:
-    """Download a source distribution of PEFT and unpack it. Returns its root, or `None` if there is no such release."""
+    """
+    Download a source distribution of PEFT and unpack it. Returns its root, or `None` if there is no such release.
+    """
     downloads = folder / "downloads"
     shutil.rmtree(downloads, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "peft"]
@@ -138,15 +141,21 @@ def run_tests_of_peft(python: Path, tree: Path, report: Path) -> dict[str, str]:
     return outcomes | run_tests(python, tree, report, [*options, "tests", "-k", SELECTION, *others])
 
 
-def check_style(python: Path, tree: Path) -> int:
-    """Run the linter of PEFT, in the version that it asks for, on what the change touches. Returns its exit code."""
+def has_style_of_peft(python: Path, tree: Path) -> bool:
+    """Check what the change touches with what PEFT's `make quality` runs: ruff, in PEFT's version, and doc-builder."""
     version = re.search(r'^required-version = "(.*)"', (tree / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"ruff{version}"], check=True)
-    ruff = [python, "-m", "ruff"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, f"ruff{version}"], check=True)
+    # doc-builder imports the two others, but does not depend on them
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", "hf-doc-builder", "black", "requests"], check=True)
     touched = ["src/peft/tuners/adalora", "tests/test_custom_models.py", "tests/test_config.py"]
-    lint = subprocess.run([*ruff, "check", "--quiet", *touched], cwd=tree, check=False)
-    layout = subprocess.run([*ruff, "format", "--check", "--quiet", *touched], cwd=tree, check=False)
-    return lint.returncode or layout.returncode
+    commands = [
+        [python, "-m", "ruff", "check", "--quiet", *touched],
+        [python, "-m", "ruff", "format", "--check", "--quiet", *touched],
+        [python.with_name("doc-builder"), "style", *touched, "--max_len", "119", "--check_only"],
+    ]
+    exit_codes = [subprocess.run(command, cwd=tree, check=False).returncode for command in commands]
+    return not any(exit_codes)
 
 
 def run_new_tests_of_peft(python: Path, tree: Path, report: Path) -> dict[str, str]:
@@ -214,8 +223,8 @@ def main() -> int:
     (patched / "no_waiting.py").write_text(NO_WAITING)
     new = run_new_tests_of_peft(python, patched, folder / "new.xml")
     print(f"PEFT's tests of custom models, with AdaDoRA in their table: {summary(new)}", flush=True)
-    has_style = check_style(python, patched) == 0
-    print(f"PEFT's linter: {'clean' if has_style else 'not clean'}", flush=True)
+    has_style = has_style_of_peft(python, patched)
+    print(f"PEFT's linters, ruff and doc-builder: {'clean' if has_style else 'not clean'}", flush=True)
 
     without, with_ = outcomes.get("without the change", {}), outcomes.get("with the change", {})
     different = sorted(test for test in without.keys() | with_.keys() if without.get(test) != with_.get(test))

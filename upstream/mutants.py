@@ -1,9 +1,9 @@
-"""Breaks the code on purpose, and shows that the behavioural tests notice, over the installed PEFT and inside of a patched one.
+"""Breaks the code on purpose, and shows that the behavioural tests notice, beside PEFT and inside of a patched one.
 
     python upstream/mutants.py FOLDER
 
-FOLDER is that of `check.py`, which makes the patched PEFT and its environment. Each mutant is made in a copy. Exits with 1 if
-one survives.
+FOLDER is that of `check.py`, which makes the patched PEFT and its environment. Each mutant is made in a copy. Exits
+with 1 if one survives.
 """
 
 import argparse

@@ -101,7 +101,10 @@ class OrthonormalStart(Ablation):
 
 
 class LoraStart(Ablation):
-    """E is 1, B is 0 and A as in LoRA, so that B learns from the first step on; without the regularization, which B fails."""
+    """
+    E is 1, B is 0 and A as in LoRA, so that B learns from the first step on; without the regularization, which B
+    fails.
+    """
 
     @torch.no_grad()
     def change(self, model: PeftModel) -> None:

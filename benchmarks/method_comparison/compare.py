@@ -4,8 +4,9 @@
     python benchmarks/method_comparison/compare.py --quick      a few short runs, in about 6 minutes
     python benchmarks/method_comparison/compare.py --report benchmarks/method_comparison/runs.jsonl
 
-Each run is written to `runs.jsonl` in the output folder when it ends. Started again, the comparison goes on from there. The
-tables are printed as Markdown, and drawn as PNG beside it. `--report` only makes tables and plots, of runs that are there.
+Each run is written to `runs.jsonl` in the output folder when it ends. Started again, the comparison goes on from
+there. The tables are printed as Markdown, and drawn as PNG beside it. `--report` only makes tables and plots, of runs
+that are there.
 """
 
 import argparse

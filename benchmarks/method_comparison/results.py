@@ -155,8 +155,8 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "compared",
             "Accuracy at equal final rank",
             [compared_row(plan, log, cell, rank) for cell in plan.cells for rank in cell.ranks],
-            f"Per cent of the test examples, mean and standard deviation of {len(plan.seeds)} seeds, and differences with "
-            "95 % intervals (paired bootstrap over seeds and examples).",
+            f"Per cent of the test examples, mean and standard deviation of {len(plan.seeds)} seeds, and differences "
+            "with 95 % intervals (paired bootstrap over seeds and examples).",
         )
     ]
     if plan.ablated:
@@ -176,8 +176,8 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "chosen",
             "Settings chosen",
             [chosen_row(plan, log, cell, method) for cell in plan.cells for method in METHODS],
-            f"Accuracy on the validation examples in per cent: of all trials at rank {RANK}, and of a second run of the best "
-            "at the highest rank. The trials are learning rates of "
+            f"Accuracy on the validation examples in per cent: of all trials at rank {RANK}, and of a second run of "
+            "the best at the highest rank. The trials are learning rates of "
             f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, each with a scale of "
             f"{', '.join(dict.fromkeys(f'{scale:g}' for _, scale, _ in plan.trials))}.",
         ),

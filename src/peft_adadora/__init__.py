@@ -1,8 +1,8 @@
 """AdaDoRA for PEFT: `AdaLoraConfig(..., use_dora_adaptive=True)`.
 
 `AdaLoraCallback`, for the Trainer of transformers, can be imported from here as well as from `peft.tuners.adalora`;
-nothing else needs to be. `read_report` and `figures` show what a run has learned, `doctor` whether AdaDoRA is active; the
-command `peft-adadora` does the same. AdaDoRA is active in every interpreter that reads the start-up file of this
+nothing else needs to be. `read_report` and `figures` show what a run has learned, `doctor` whether AdaDoRA is active;
+the command `peft-adadora` does the same. AdaDoRA is active in every interpreter that reads the start-up file of this
 package, that is, in any ordinary environment where it is installed. Where start-up files are not read (`python -S`, or
 `pip install --target` with `PYTHONPATH`), import this package before `peft`.
 

@@ -1,8 +1,9 @@
-"""`peft.utils.save_and_load` as PEFT 0.19 and 0.20 see it: their own, but that AdaLoRA's model class is asked, as in 0.21.
+"""`peft.utils.save_and_load` as PEFT 0.19 and 0.20 see it: their own, but AdaLoRA's model class is asked, as in 0.21.
 
-In PEFT 0.21 the functions that save and load an adapter ask the class of its model what to save and how to load it. Those
-of PEFT 0.19 and 0.20 do all of it themselves. The finder puts this module in their place, so that everything that imports
-them gets ours, which ask AdaLoRA's class and leave the rest, and adapters of all other methods, to PEFT's.
+In PEFT 0.21 the functions that save and load an adapter ask the class of its model what to save and how to load it.
+Those of PEFT 0.19 and 0.20 do all of it themselves. The finder puts this module in their place, so that everything
+that imports them gets ours, which ask AdaLoRA's class and leave the rest, and adapters of all other methods, to
+PEFT's.
 """
 
 from collections.abc import Iterator

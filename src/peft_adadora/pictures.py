@@ -27,11 +27,11 @@ DARK = {"page": "#0d1117", "ink": "#e6edf3", "faint": "#3d444d", "line": "#58a6f
 
 CAPTIONS = {
     "ranks": "Ranks kept. Cells without a color have no adapter.",
-    "magnitudes": "How the length of each row has changed: all rows, and per module the median, the quartiles and the 5th and "
-    "95th percentile.",
-    "magnitudes as they are": "The length of each row relative to the median of its module: all rows, and per module the "
-    "median, the quartiles and the 5th and 95th percentile. This is not the change, which cannot be told without the base "
-    "weights.",
+    "magnitudes": "How the length of each row has changed: all rows, and per module the median, the quartiles and the "
+    "5th and 95th percentile.",
+    "magnitudes as they are": "The length of each row relative to the median of its module: all rows, and per module "
+    "the median, the quartiles and the 5th and 95th percentile. This is not the change, which cannot be told without "
+    "the base weights.",
     "budget": "Ranks over the steps of training.",
 }
 
@@ -61,8 +61,8 @@ def figures(report: Report, dark: bool = False) -> dict[str, Figure]:
             For a dark page instead of a light one. Defaults to `False`.
 
     Returns:
-        `dict[str, Figure]`: `"ranks"`, a heat map of the ranks, layer by module; `"magnitudes"`, how the changes of the
-        magnitudes are distributed, or the magnitudes where their change is not known (not for plain AdaLoRA); and
+        `dict[str, Figure]`: `"ranks"`, a heat map of the ranks, layer by module; `"magnitudes"`, how the changes of
+        the magnitudes are distributed, or the magnitudes where their change is not known (not for plain AdaLoRA); and
         `"budget"`, the ranks over the steps of training against the schedule.
     """
     colors = DARK if dark else LIGHT
@@ -219,7 +219,8 @@ def write(report: Report, folder: str | Path) -> Path:
 def _page(report: Report, images: dict[str, list[str]]) -> str:
     title, *sentences = (escape(line) for line in summary(report))
     parts = [
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">',
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
         f"<title>{title}</title>\n<style>{STYLE}</style>",
         f"<h1>{title}</h1>",
         *(f"<p>{sentence}</p>" for sentence in sentences),

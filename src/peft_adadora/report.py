@@ -1,8 +1,8 @@
 """What a training run did to ranks and magnitudes, read from what it saved.
 
-`read_report` takes a saved adapter of AdaDoRA or plain AdaLoRA, a checkpoint, or the output folder of a Trainer. A magnitude
-starts as the row norm of its base weight, which the adapter does not contain; so its drift can only be told where the base
-weights are at hand. Where they are not, the report has the magnitudes themselves.
+`read_report` takes a saved adapter of AdaDoRA or plain AdaLoRA, a checkpoint, or the output folder of a Trainer. A
+magnitude starts as the row norm of its base weight, which the adapter does not contain; so its drift can only be told
+where the base weights are at hand. Where they are not, the report has the magnitudes themselves.
 
 `peft_adadora.pictures` draws a report.
 """
@@ -61,7 +61,9 @@ class Module:
 
     @property
     def place(self) -> tuple[str, str]:
-        """The layer and the name in it: `("model.layers.3", "self_attn.q_proj")`. Outside of a layer the first is empty."""
+        """
+        The layer and the name in it: `("model.layers.3", "self_attn.q_proj")`. Outside of a layer the first is empty.
+        """
         match = re.match(r"((?:.*?\.)?\d+)\.(.+)", self.name)
         return (match[1], match[2]) if match else ("", self.name)
 
@@ -144,15 +146,17 @@ def read_report(path: str | Path, base_model: Optional[str | Path] = None) -> Re
 
     Args:
         path (`str` or `Path`):
-            The folder of a saved adapter, a checkpoint, or the output folder of a Trainer, of which the adapter itself is
-            taken if it is there and the last checkpoint otherwise.
+            The folder of a saved adapter, a checkpoint, or the output folder of a Trainer, of which the adapter itself
+            is taken if it is there and the last checkpoint otherwise.
         base_model (`str` or `Path`, *optional*):
-            A folder or a file with the base weights as safetensors, or a name on the Hub, from which they are downloaded if
-            they are not in the cache. Without it those that the config names are taken if they are on this machine.
+            A folder or a file with the base weights as safetensors, or a name on the Hub, from which they are
+            downloaded if they are not in the cache. Without it those that the config names are taken if they are on
+            this machine.
 
     Raises:
-        `ValueError`: If there is no adapter, it is not one of AdaLoRA or AdaDoRA, a file is broken, files do not fit each
-            other, or `base_model` is not the base model.
+        `ValueError`:
+            If there is no adapter, it is not one of AdaLoRA or AdaDoRA, a file is broken, files do not fit each other,
+            or `base_model` is not the base model.
     """
     path = Path(path)
     folder = _find_adapter(path)
@@ -242,8 +246,8 @@ def _read_modules(folder: Path, config: dict[str, Any]) -> list[Module]:
         # what is saved is pruned already, unless the model did not know of ranks
         if not len(A) == len(E) == B.shape[1] or len(E) not in (sum(mask), len(mask)):
             raise ValueError(
-                f"{name} has the ranks {len(A)}, {len(E)} and {B.shape[1]} in A, E and B in {path}, which do not fit each "
-                f"other or the config, according to which {sum(mask)} of {len(mask)} are kept."
+                f"{name} has the ranks {len(A)}, {len(E)} and {B.shape[1]} in A, E and B in {path}, which do not fit "
+                f"each other or the config, according to which {sum(mask)} of {len(mask)} are kept."
             )
         module = Module(name, rank=sum(mask), init_r=len(mask), in_features=math.prod(A.shape[1:]))
         if len(parts) == 4:
@@ -269,7 +273,9 @@ def _read_log(folder: Path, path: Path) -> tuple[list[dict[str, float]], Optiona
 
 
 def _find_base_norms(report: Report, base_model: Optional[str | Path]) -> None:
-    """Give the modules the row norms of their base weights: those of `base_model`, else those on this machine, if any."""
+    """
+    Give the modules the row norms of their base weights: those of `base_model`, else those on this machine, if any.
+    """
     source = base_model or report.config.get("base_model_name_or_path")
     if not source:
         return
@@ -323,8 +329,8 @@ def _base_keys(modules: Sequence[Module], keys: Sequence[str]) -> dict[str, str]
     """
     The name of the base weight of each module, where there is one.
 
-    A model is often saved without the head that it has in training, and all names then lack the first part, or have one
-    more. Of all such prefixes the one is taken with which the most modules are found.
+    A model is often saved without the head that it has in training, and all names then lack the first part, or have
+    one more. Of all such prefixes the one is taken with which the most modules are found.
     """
     first = modules[0].name
     added = {key.removesuffix(f"{first}.weight") for key in keys if key.endswith(f".{first}.weight")}
@@ -341,7 +347,8 @@ def _row_norm(file: Path, key: str, module: Module, transposed: bool) -> torch.T
     """
     ‖W‖ of each row of W as a matrix of shape (out, in), of shape (out,), in float32 whatever the dtype of the weight.
 
-    A `Conv1D` of transformers stores it as (in, out). A square one can be told from a linear layer by `transposed` only.
+    A `Conv1D` of transformers stores it as (in, out). A square one can be told from a linear layer by `transposed`
+    only.
     """
     out_features, in_features = len(module.magnitude), module.in_features
     with safe_open(file, "pt") as opened:
@@ -383,17 +390,18 @@ def summary(report: Report) -> list[str]:
         unknown = sum(module.base_norm is None for module in modules)
         rest = f"; {unknown} of the modules without a weight there" if unknown else ""
         lines.append(
-            f"Magnitudes: {percent(change.abs().mean().item())} mean drift |m - ‖W‖| / ‖W‖ over {len(change):,} rows, base "
-            f"weights from {report.base}{rest}."
+            f"Magnitudes: {percent(change.abs().mean().item())} mean drift |m - ‖W‖| / ‖W‖ over {len(change):,} rows, "
+            f"base weights from {report.base}{rest}."
         )
     else:
         lines.append(
-            "Magnitudes: as they are, not how far they have drifted, because the base weights were not found; name them with "
-            "--base-model."
+            "Magnitudes: as they are, not how far they have drifted, because the base weights were not found; name "
+            "them with --base-model."
         )
     if logged:
         lines.append(
-            f"The run logged a mean drift of {percent(logged[-1]['adalora_magnitude_drift'])} at step {logged[-1]['step']}."
+            f"The run logged a mean drift of {percent(logged[-1]['adalora_magnitude_drift'])} at step "
+            f"{logged[-1]['step']}."
         )
     return lines
 
@@ -424,7 +432,9 @@ def module_table(report: Report) -> Table:
 
 
 def budget_table(report: Report, max_rows: Optional[int] = None) -> Table:
-    """Schedule, logged budget and ranks kept over the steps of the log, of which at most `max_rows` evenly spread ones."""
+    """
+    Schedule, logged budget and ranks kept over the steps of the log, of which at most `max_rows` evenly spread ones.
+    """
     log = report.log
     if max_rows is not None and len(log) > max_rows:
         log = [log[round(index * (len(log) - 1) / (max_rows - 1))] for index in range(max_rows)]

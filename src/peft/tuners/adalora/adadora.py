@@ -14,15 +14,18 @@
 
 """The arithmetic of AdaDoRA, in functions of tensors that know nothing of PEFT.
 
-AdaDoRA adapts a frozen weight W with an update whose rank can be pruned (AdaLoRA, https://openreview.net/forum?id=lq62uWRJjiY)
-and one learned length per output row (DoRA, https://huggingface.co/papers/2402.09353):
+AdaDoRA adapts a frozen weight W with an update whose rank can be pruned (AdaLoRA,
+https://openreview.net/forum?id=lq62uWRJjiY) and one learned length per output row (DoRA,
+https://huggingface.co/papers/2402.09353):
 
-    ΔW = B (c · E ⊙ A)          W, ΔW (out, in);  B (out, r);  E (r, 1);  A (r, in);  c a scalar
-    n  = ‖W + ΔW‖, row by row   (out, 1), outside of the gradient graph
-    h  = (m / n) ⊙ (W x + ΔW x) + bias            m (out, 1)
+```
+ΔW = B (c · E ⊙ A)          W, ΔW (out, in);  B (out, r);  E (r, 1);  A (r, in);  c a scalar
+n  = ‖W + ΔW‖, row by row   (out, 1), outside of the gradient graph
+h  = (m / n) ⊙ (W x + ΔW x) + bias            m (out, 1)
+```
 
-Nothing here builds an (out, in) matrix but `merge_rows`, and that one goes block by block. Norms are float32 whatever the
-dtype of the weight (float64 for a float64 weight).
+Nothing here builds an (out, in) matrix but `merge_rows`, and that one goes block by block. Norms are float32 whatever
+the dtype of the weight (float64 for a float64 weight).
 """
 
 import weakref
@@ -64,8 +67,8 @@ class Memo:
     place, or may have been by an optimizer (fused ones write without the tensor counting it).
 
     A write through `.data` shows in none of these, so whoever makes one has to call `clear`. Tensors that do not count
-    their in-place writes (those made in inference mode, or that wrap others, such as DTensor) are never relied on. Copying
-    and pickling give an empty memo.
+    their in-place writes (those made in inference mode, or that wrap others, such as DTensor) are never relied on.
+    Copying and pickling give an empty memo.
     """
 
     def __init__(self) -> None:
@@ -110,7 +113,9 @@ class Rows(Protocol):
 
 
 def row_blocks(weight: torch.Tensor | Rows) -> Iterator[slice]:
-    """Slices that cut the rows of `weight` (out, in) into at least eight blocks of at most `BLOCK_ELEMENTS` elements."""
+    """
+    Slices that cut the rows of `weight` (out, in) into at least eight blocks of at most `BLOCK_ELEMENTS` elements.
+    """
     out_features, in_features = weight.shape
     rows = max(1, min(BLOCK_ELEMENTS // max(1, in_features), -(-out_features // 8)))
     for start in range(0, out_features, rows):
@@ -164,7 +169,9 @@ def squared_adapted_row_norm(
     Expanding the square leaves products that are at most (out, r) large (https://huggingface.co/papers/2603.22276 does
     the same for DoRA):
 
-        n² = ‖W‖² + rowsum((2 W Rᵀ + B R Rᵀ) ⊙ B),    R = c · E ⊙ A
+    ```
+    n² = ‖W‖² + rowsum((2 W Rᵀ + B R Rᵀ) ⊙ B),    R = c · E ⊙ A
+    ```
 
     Rounding can push the sum below zero where W + ΔW nearly cancels, so it is clamped. The result is outside of the
     gradient graph, following section 4.3 of the DoRA paper.
@@ -198,8 +205,8 @@ def squared_adapted_row_norm(
 def magnitude_scale(magnitude: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
     """The factor m / n of each output row, differentiable in m.
 
-    A row whose norm is zero has no direction to scale. Its factor is 1, so that its output is the base model's, and its
-    magnitude gets a gradient of zero.
+    A row whose norm is zero has no direction to scale. Its factor is 1, so that its output is the base model's, and
+    its magnitude gets a gradient of zero.
 
     Args:
         magnitude (`torch.Tensor`): m of shape (out, 1).
@@ -249,7 +256,9 @@ def add_update_and_scale_(
     scale: torch.Tensor,
     bias: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    """[`add_update_and_scale`] in place, for tensors that need no gradients, given the factor m / n of shape (out, 1)."""
+    """
+    [`add_update_and_scale`] in place, for tensors that need no gradients, given the factor m / n of shape (out, 1).
+    """
     sum_ = _add_update_(output, projected, lora_B)
     scaled = scale_output(sum_, scale, bias, out=sum_)
     return scaled if sum_.dtype == output.dtype else output.copy_(scaled)
@@ -276,8 +285,8 @@ def scale_output(
 ) -> torch.Tensor:
     """Multiply each output feature with its factor, but not the bias that the output already holds.
 
-    The factor stays in float32 whatever the dtype of the output: a learned one is close to 1, where bfloat16 has steps of
-    0.4 %.
+    The factor stays in float32 whatever the dtype of the output: a learned one is close to 1, where bfloat16 has steps
+    of 0.4 %.
 
     Args:
         output (`torch.Tensor`): (W + ΔW) x + bias of shape (..., out).
@@ -298,10 +307,12 @@ def scale_output(
 
 class _AddUpdateAndScale(torch.autograd.Function):
     """
-    Keeps z = W x + bias + ΔW x for the backward pass. To keep h instead, which the next layer often keeps anyway, would
-    save memory, but h belongs to the model, and models write to it in place.
+    Keeps z = W x + bias + ΔW x for the backward pass. To keep h instead, which the next layer often keeps anyway,
+    would save memory, but h belongs to the model, and models write to it in place.
 
-        dz = s ⊙ dh,  dm = Σ dh ⊙ (z − bias) / n,  dP = dh (s ⊙ B),  dB = s ⊙ (dhᵀ P)    with s = m / n
+    ```
+    dz = s ⊙ dh,  dm = Σ dh ⊙ (z − bias) / n,  dP = dh (s ⊙ B),  dB = s ⊙ (dhᵀ P)    with s = m / n
+    ```
     """
 
     @staticmethod

@@ -17,7 +17,9 @@ from typing import Any, Optional
 
 
 class AdaDoraConfigMixin:
-    """How a config with `use_dora_adaptive` is saved and loaded. It goes in front of the config's other base classes."""
+    """
+    How a config with `use_dora_adaptive` is saved and loaded. It goes in front of the config's other base classes.
+    """
 
     # the folder that it was loaded from
     loaded_from: Optional[str] = None
@@ -26,8 +28,8 @@ class AdaDoraConfigMixin:
         """
         The configuration as a dictionary, as it is saved.
 
-        That of AdaDoRA says `use_dora`, too, so that a PEFT without AdaDoRA refuses to load the adapter, as do programs
-        that know no DoRA, instead of using it without its magnitudes.
+        That of AdaDoRA says `use_dora`, too, so that a PEFT without AdaDoRA refuses to load the adapter, as do
+        programs that know no DoRA, instead of using it without its magnitudes.
         """
         config = {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
         if self.weights_sha256 is None:

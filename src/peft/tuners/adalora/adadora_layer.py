@@ -37,8 +37,8 @@ from .sharding import copy_whole_, is_partitioned, whole
 
 class AdaDoraMixin:
     """
-    What makes an AdaLoRA layer an AdaDoRA layer. It goes in front of the layer's other base classes, and leaves to them
-    what concerns adapters without a magnitude.
+    What makes an AdaLoRA layer an AdaDoRA layer. It goes in front of the layer's other base classes, and leaves to
+    them what concerns adapters without a magnitude.
 
     `lora_magnitude` holds the magnitudes, one of shape (out, 1) per AdaDoRA adapter.
     """
@@ -81,7 +81,9 @@ class AdaDoraMixin:
             self.ranknum[adapter_name].requires_grad_(False)
 
     def frozen_parts(self, adapter_name: str) -> list[nn.ParameterDict]:
-        """Those of the dicts of A, E, B, m and the initial rank in which the parameter of an adapter is not trained."""
+        """
+        Those of the dicts of A, E, B, m and the initial rank in which the parameter of an adapter is not trained.
+        """
         parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude, self.ranknum)
         return [part for part in parts if adapter_name in part and not part[adapter_name].requires_grad]
 
@@ -132,9 +134,9 @@ class AdaDoraMixin:
         """
         Give magnitudes of a quantized weight that were cast to a low precision float32 again.
 
-        TRL's trainers cast all of an adapter over quantized weights to bfloat16 but for magnitudes with LoRA's name for
-        them. There the steps of an optimizer are smaller than those from one number to the next, so that a magnitude stays
-        as it is (https://github.com/huggingface/trl/issues/7268).
+        TRL's trainers cast all of an adapter over quantized weights to bfloat16 but for magnitudes with LoRA's name
+        for them. There the steps of an optimizer are smaller than those from one number to the next, so that a
+        magnitude stays as it is (https://github.com/huggingface/trl/issues/7268).
         """
         if not is_quantized(self.get_base_layer()):
             return
@@ -155,7 +157,9 @@ class AdaDoraMixin:
 
     @torch.no_grad()
     def magnitude_drift(self, adapter_name: str) -> torch.Tensor:
-        """By how much of its initial value each magnitude has changed, of shape (rows whose base weight is not zero,)."""
+        """
+        By how much of its initial value each magnitude has changed, of shape (rows whose base weight is not zero,).
+        """
         norm = self._base_row_norm()
         change = (whole(self.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm
         return change[norm > 0]
@@ -259,15 +263,19 @@ class AdaDoraMixin:
                 The names of the adapters to merge. If `None`, all active adapters are merged.
 
         Raises:
-            `NotImplementedError`: If an AdaDoRA adapter would be merged together with another adapter, or into a weight of
-                torchao without `torchao_config`.
-            `ValueError`: If `safe_merge=True` and the merged weight is not finite.
+            `NotImplementedError`:
+                If an AdaDoRA adapter would be merged together with another adapter, or into a weight of torchao
+                without `torchao_config`.
+            `ValueError`:
+                If `safe_merge=True` and the merged weight is not finite.
         """
         if not self.merge_adadora(safe_merge, adapter_names):
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def merge_adadora(self, safe_merge: bool, adapter_names: Optional[list[str]]) -> bool:
-        """Merge if it is an AdaDoRA adapter that `merge` has to merge, and tell whether it is. Raises as `merge` does."""
+        """
+        Merge if it is an AdaDoRA adapter that `merge` has to merge, and tell whether it is. Raises as `merge` does.
+        """
         adapter_name = self.adapter_to_merge(adapter_names)
         self.clear_memos()
         if adapter_name is None:
@@ -294,8 +302,8 @@ class AdaDoraMixin:
         for adapter_name in self.merged_adapters:
             if adapter_name in self.lora_magnitude:
                 raise NotImplementedError(
-                    f"The AdaDoRA adapter {adapter_name!r} cannot be unmerged, because rescaled and rounded rows do not "
-                    "give the base weight back; reload the base model."
+                    f"The AdaDoRA adapter {adapter_name!r} cannot be unmerged, because rescaled and rounded rows do "
+                    "not give the base weight back; reload the base model."
                 )
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -380,8 +388,8 @@ class AdaDoraConv2dMixin(AdaDoraMixin):
     """
     AdaDoRA for a convolution, whose weight counts as a matrix of shape (out, in · kernel height · kernel width).
 
-    The update is the product of two convolutions: one like the layer's with A, (r, in, kernel height, kernel width), as its
-    weight, and behind it one of size 1×1 with B. With several groups, A applies to the inputs of each group.
+    The update is the product of two convolutions: one like the layer's with A, (r, in, kernel height, kernel width),
+    as its weight, and behind it one of size 1×1 with B. With several groups, A applies to the inputs of each group.
     """
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:

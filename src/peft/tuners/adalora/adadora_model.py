@@ -43,8 +43,8 @@ class AdaDoraModelMixin:
 
     def forward_otherwise(self, *args: Any, **kwargs: Any) -> Optional[Any]:
         """
-        The outputs of the model where AdaLoRA's own forward pass, which adds a regularization to the loss, does not work: if
-        no adapter is in training, and if parameters are sharded. `None` if it does.
+        The outputs of the model where AdaLoRA's own forward pass, which adds a regularization to the loss, does not
+        work: if no adapter is in training, and if parameters are sharded. `None` if it does.
         """
         if not hasattr(self, "trainable_adapter_name"):
             return self.model.forward(*args, **kwargs)
@@ -143,7 +143,8 @@ class AdaDoraModelMixin:
         for name in names:
             if len(names) > 1 and name in self.peft_config and self.peft_config[name].use_dora_adaptive:
                 raise NotImplementedError(
-                    f"The AdaDoRA adapter {name!r} has to be the only active adapter but got {names}; choose one of them."
+                    f"The AdaDoRA adapter {name!r} has to be the only active adapter but got {names}; choose one of "
+                    "them."
                 )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
@@ -173,8 +174,8 @@ class AdaDoraModelMixin:
 
     def keep_ranks(self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str) -> bool:
         """
-        Drop the pruned singular triplets of an adapter if AdaLoRA's own way would lose something: magnitudes, or what will
-        be loaded into an adapter on the meta device. Tells whether it did. The arguments are those of
+        Drop the pruned singular triplets of an adapter if AdaLoRA's own way would lose something: magnitudes, or what
+        will be loaded into an adapter on the meta device. Tells whether it did. The arguments are those of
         `resize_modules_by_rank_pattern`.
         """
         masks = {}
@@ -232,8 +233,8 @@ class AdaDoraModelMixin:
         cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """
-        Give the weights of a pruned adapter the shapes that it has in the model: its triplets first, and behind them those
-        of the model with a singular value of 0. The rank pattern in `config` is set to match.
+        Give the weights of a pruned adapter the shapes that it has in the model: its triplets first, and behind them
+        those of the model with a singular value of 0. The rank pattern in `config` is set to match.
         """
         filled, rank_pattern = dict(state_dict), {}
         for name, layer in model.named_modules():

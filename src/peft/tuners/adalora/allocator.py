@@ -25,8 +25,8 @@ from .sharding import copy_whole_, has_master_copy, is_sharded, whole, whole_sha
 
 class RankAllocatorMixin:
     """
-    What AdaDoRA changes in AdaLoRA's rank allocator: magnitudes take no part, all scores are updated at once, parameters
-    may be sharded, and the state can be saved.
+    What AdaDoRA changes in AdaLoRA's rank allocator: magnitudes take no part, all scores are updated at once,
+    parameters may be sharded, and the state can be saved.
 
     Where the parameters are sharded (DTensor), the importance is that of the whole ones, the same on every process.
     """
@@ -34,9 +34,9 @@ class RankAllocatorMixin:
     @torch.no_grad()
     def update_ipt(self, model: nn.Module) -> None:
         """
-        Update the sensitivity and the uncertainty of every entry of A, E and B. The scores are PEFT's, bit for bit, but
-        all parameters of a device and dtype are updated at once. A parameter without a gradient counts as one of gradient
-        zero.
+        Update the sensitivity and the uncertainty of every entry of A, E and B. The scores are PEFT's, bit for bit,
+        but all parameters of a device and dtype are updated at once. A parameter without a gradient counts as one of
+        gradient zero.
         """
         groups = {}
         for name, param in model.named_parameters():
@@ -92,8 +92,8 @@ class RankAllocatorMixin:
 
     def capture_gradients(self, model: nn.Module) -> None:
         """
-        Keep the sums of the gradients of backward passes for the next `update_ipt`. To be called once before training with
-        DeepSpeed, which steps, and clears the gradients, as part of a backward pass.
+        Keep the sums of the gradients of backward passes for the next `update_ipt`. To be called once before training
+        with DeepSpeed, which steps, and clears the gradients, as part of a backward pass.
         """
         for handle in self.__dict__.get("_handles", ()):
             handle.remove()
@@ -133,8 +133,8 @@ class RankAllocatorMixin:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
         What allocation goes on from: copies of the averages of the importance, by `exp_avg_ipt.<name>` and
-        `exp_avg_unc.<name>` for each A, E and B, and which triplets are kept, by `rank_pattern.<name>` for each E, bool of
-        shape (r,). The names are those of the parameters in the model.
+        `exp_avg_unc.<name>` for each A, E and B, and which triplets are kept, by `rank_pattern.<name>` for each E,
+        bool of shape (r,). The names are those of the parameters in the model.
 
         With it the allocator can be registered with accelerate, `accelerator.register_for_checkpointing(allocator)`.
         """

@@ -12,7 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The frozen weight of an adapted layer as a matrix of shape (out, in), whatever the layer and however it is stored."""
+"""
+The frozen weight of an adapted layer as a matrix of shape (out, in), whatever the layer and however it is stored.
+"""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -61,9 +63,9 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
 
     Raises:
         `NotImplementedError`:
-            If the module is none of `nn.Linear`, `Conv1D` of transformers, `nn.Conv2d`, the 4-bit and 8-bit linear layers of
-            bitsandbytes, and `nn.Linear` of which torchao quantized the weight, but not the input, to 8 bits, or if
-            `fan_in_fan_out` does not say how it stores its weight.
+            If the module is none of `nn.Linear`, `Conv1D` of transformers, `nn.Conv2d`, the 4-bit and 8-bit linear
+            layers of bitsandbytes, and `nn.Linear` of which torchao quantized the weight, but not the input, to 8
+            bits, or if `fan_in_fan_out` does not say how it stores its weight.
     """
     where = f"module {name!r}" if name else "the given module"
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -81,8 +83,8 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
             kind += f" with a weight of dtype {weight.dtype}"
         raise NotImplementedError(
             "`use_dora_adaptive=True` supports nn.Linear, transformers' Conv1D, nn.Conv2d, the 4-bit and 8-bit linear "
-            f"layers of bitsandbytes, and weight-only 8-bit quantization of torchao, but {where} is a {kind}; leave it out "
-            "of `target_modules`."
+            f"layers of bitsandbytes, and weight-only 8-bit quantization of torchao, but {where} is a {kind}; leave "
+            "it out of `target_modules`."
         )
     if fan_in_fan_out and not isinstance(module, Conv1D):
         raise NotImplementedError(
@@ -91,14 +93,17 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
         )
     if fan_in_fan_out is False and isinstance(module, Conv1D):
         raise NotImplementedError(
-            f"`fan_in_fan_out=False` does not fit {where}, a {kind}, whose weight is stored transposed; set it to True."
+            f"`fan_in_fan_out=False` does not fit {where}, a {kind}, whose weight is stored transposed; set it to "
+            "True."
         )
 
 
 def checked_config(
     config: AdaLoraConfig, base_layer: nn.Module, use_dora_adaptive: Optional[bool] = None
 ) -> AdaLoraConfig:
-    """A config with its `use_dora_adaptive` replaced, unless by `None`, after [`check_magnitude_support`] if it is set."""
+    """
+    A config with its `use_dora_adaptive` replaced, unless by `None`, after [`check_magnitude_support`] if it is set.
+    """
     if use_dora_adaptive is not None:
         config = copy.copy(config)
         config.use_dora_adaptive = use_dora_adaptive
@@ -140,8 +145,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 def weight_rows(module: nn.Module, weight: Optional[torch.Tensor] = None) -> torch.Tensor | QuantizedRows:
     """
-    The weight of a layer as a matrix of shape (out, in): a view of it or, if it is quantized, an object that dequantizes
-    blocks of its rows. Nothing is copied.
+    The weight of a layer as a matrix of shape (out, in): a view of it or, if it is quantized, an object that
+    dequantizes blocks of its rows. Nothing is copied.
 
     Args:
         module (`nn.Module`):
@@ -183,7 +188,8 @@ def _rows_of_4bit(module: nn.Module) -> QuantizedRows:
     state = _quant_state(module)
     packed, absmax, dtype = module.weight.data.view(torch.uint8).reshape(-1, 1), state.absmax, state.dtype
     if getattr(state, "packing_format_for_cpu", False):
-        # in eval mode bitsandbytes reorders weights for CPUs with AVX512-BF16; a copy, because undoing it changes the state
+        # in eval mode bitsandbytes reorders weights for CPUs with AVX512-BF16; a copy, because undoing it changes the
+        # state
         absmax, dtype = absmax.T.reshape(-1).float(), state.original_dtype
         state = copy.copy(state)
         state.original_nested = False
@@ -227,8 +233,8 @@ def check_overwrite(module: nn.Module, torchao_config: Any) -> None:
     """Raise a `NotImplementedError` if [`overwrite_weight`] cannot quantize the weight of a layer again."""
     if is_torchao(module.weight) and torchao_config is None:
         raise NotImplementedError(
-            "The model does not say how torchao quantized its weights, so the merged weight cannot be quantized; load the "
-            "model with the `TorchAoConfig` of transformers."
+            "The model does not say how torchao quantized its weights, so the merged weight cannot be quantized; load "
+            "the model with the `TorchAoConfig` of transformers."
         )
 
 

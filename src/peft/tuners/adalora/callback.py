@@ -55,22 +55,23 @@ class AdaLoraCallback(TrainerCallback):
 
     After each optimizer step it calls [`AdaLoraModel.update_and_allocate`], with the number of steps of the run as
     `total_step`. It adds to the logs the budget (`adalora_budget`, ranks in total), the mean rank of a layer
-    (`adalora_mean_rank`), the share of the initial ranks that is pruned (`adalora_pruned`) and, for AdaDoRA, by how much
-    of its initial value a magnitude has changed on average (`adalora_magnitude_drift`).
+    (`adalora_mean_rank`), the share of the initial ranks that is pruned (`adalora_pruned`) and, for AdaDoRA, by how
+    much of its initial value a magnitude has changed on average (`adalora_magnitude_drift`).
 
-    Each checkpoint gets a file `adalora_state.safetensors` with the unpruned factors, the ranks kept and the averages of
-    the importance; `resume_from_checkpoint` then goes on bit by bit as if the run had never stopped. A checkpoint that a
-    kill left half written is renamed `unfinished-checkpoint-<step>` when the next run starts, so that
+    Each checkpoint gets a file `adalora_state.safetensors` with the unpruned factors, the ranks kept and the averages
+    of the importance; `resume_from_checkpoint` then goes on bit by bit as if the run had never stopped. A checkpoint
+    that a kill left half written is renamed `unfinished-checkpoint-<step>` when the next run starts, so that
     `resume_from_checkpoint=True` finds the one before it.
 
-    The adapter may also come from `model.add_adapter` of transformers or from `inject_adapter_in_model`. What is added to
-    the loss for the orthogonality of A and B is then missing, because [`AdaLoraModel`] is.
+    The adapter may also come from `model.add_adapter` of transformers or from `inject_adapter_in_model`. What is added
+    to the loss for the orthogonality of A and B is then missing, because [`AdaLoraModel`] is.
 
     Magnitudes of quantized weights that the trainer has cast to bfloat16, as TRL's do, are made float32 again.
 
     Raises:
-        `ValueError`: When training starts, if the model has no AdaLoRA adapter to train, if the schedule does not fit the
-            number of steps, if the adapter was loaded pruned, or if the checkpoint's `adalora_state.safetensors` is broken.
+        `ValueError`:
+            When training starts, if the model has no AdaLoRA adapter to train, if the schedule does not fit the number
+            of steps, if the adapter was loaded pruned, or if the checkpoint's `adalora_state.safetensors` is broken.
 
     Example:
 
@@ -208,9 +209,9 @@ def _check_ranks(tuner: AdaLoraModel | _InjectedAdaLora) -> None:
     for name, param in _adapter_params(tuner).items():
         if ".lora_E." in name and whole_shape(param)[0] != config.init_r:
             raise ValueError(
-                f"{name!r} has rank {whole_shape(param)[0]} instead of init_r={config.init_r}, because the adapter was loaded pruned. "
-                "What further training would save could not be loaded; resume from a checkpoint of the Trainer, or merge "
-                "the adapter and train a new one."
+                f"{name!r} has rank {whole_shape(param)[0]} instead of init_r={config.init_r}, because the adapter "
+                "was loaded pruned. What further training would save could not be loaded; resume from a checkpoint of "
+                "the Trainer, or merge the adapter and train a new one."
             )
 
 
@@ -308,8 +309,8 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
             loaded = loaded.narrow(dim, 0, min(expected.shape[dim], loaded.shape[dim]))
         if saved[name].shape != whole_shape(param) or not torch.equal(expected, loaded):
             raise ValueError(
-                f"{name!r} in {path} is not what has been loaded into the model; one of the files of the checkpoint is "
-                "broken, or from another run."
+                f"{name!r} in {path} is not what has been loaded into the model; one of the files of the checkpoint "
+                "is broken, or from another run."
             )
     try:
         tuner.rankallocator.load_state_dict(state)
@@ -341,8 +342,8 @@ def _metrics(tuner: AdaLoraModel | _InjectedAdaLora, step: int) -> dict[str, flo
 
 def _lock(folder: str) -> Optional[int]:
     """
-    A file descriptor that locks the folder for as long as it is open and this process lives, or `None` if the folder is
-    locked already or its file system knows no locks.
+    A file descriptor that locks the folder for as long as it is open and this process lives, or `None` if the folder
+    is locked already or its file system knows no locks.
     """
     if fcntl is None:
         return None
@@ -356,7 +357,9 @@ def _lock(folder: str) -> Optional[int]:
 
 
 def _set_aside_unfinished_checkpoints(output_dir: str) -> None:
-    """Rename the newest checkpoints of the folder as long as they are ones that this callback saw begun but not ended."""
+    """
+    Rename the newest checkpoints of the folder as long as they are ones that this callback saw begun but not ended.
+    """
     while os.path.isdir(output_dir) and (folder := get_last_checkpoint(output_dir)) is not None:
         names = os.listdir(folder)
         # safetensors 0.8 writes to a file `.tmp…` first

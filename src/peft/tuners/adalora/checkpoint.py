@@ -69,8 +69,8 @@ def check_adapter_file(config: AdaLoraConfig, layers: dict[str, tuple[int, int]]
     check_adapter_weights(weights, layers, config, path)
     if config.weights_sha256 not in (None, adapter_checksum(weights)):
         raise ValueError(
-            f"The weights in {path!r} are not those that were saved with its config; the file is broken, or was edited, in "
-            "which case `weights_sha256` has to be removed from the config."
+            f"The weights in {path!r} are not those that were saved with its config; the file is broken, or was "
+            "edited, in which case `weights_sha256` has to be removed from the config."
         )
 
 
@@ -97,15 +97,16 @@ def check_adapter_weights(
             Accept any rank up to this one, whatever rank the config says.
 
     Raises:
-        `ValueError`: If a weight is missing or not known, of the wrong shape, or not finite, or if the rank pattern does
-            not fit.
+        `ValueError`:
+            If a weight is missing or not known, of the wrong shape, or not finite, or if the rank pattern does not
+            fit.
     """
     if not config.use_dora_adaptive:
         for key in weights:
             if key.endswith(".lora_magnitude"):
                 raise ValueError(
-                    f"{source!r} has {key!r} but its config does not say `use_dora_adaptive=True`, so it would be used "
-                    "without its magnitudes."
+                    f"{source!r} has {key!r} but its config does not say `use_dora_adaptive=True`, so it would be "
+                    "used without its magnitudes."
                 )
         return
 

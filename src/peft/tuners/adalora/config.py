@@ -22,19 +22,20 @@ from .adadora_config import AdaDoraConfigMixin
 @dataclass
 class AdaLoraConfig(AdaDoraConfigMixin, stock.AdaLoraConfig):
     """
-    PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. All arguments but the one below are those of the installed
-    PEFT's `AdaLoraConfig`.
+    PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. All arguments but the one below are those of the
+    installed PEFT's `AdaLoraConfig`.
 
     Args:
         use_dora_adaptive (`bool`):
-            Use AdaDoRA: besides the prunable update, which decides the direction of each row of the adapted weight, learn
-            the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353). Pruning never
-            touches the magnitudes. Supported for `nn.Linear`, `Conv1D` and `nn.Conv2d` layers, the 4-bit and 8-bit linear
-            layers of bitsandbytes, and weight-only 8-bit quantization of torchao. An AdaDoRA adapter has to be the only
-            active adapter, and once merged it cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
+            Use AdaDoRA: besides the prunable update, which decides the direction of each row of the adapted weight,
+            learn the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353).
+            Pruning never touches the magnitudes. Supported for `nn.Linear`, `Conv1D` and `nn.Conv2d` layers, the 4-bit
+            and 8-bit linear layers of bitsandbytes, and weight-only 8-bit quantization of torchao. An AdaDoRA adapter
+            has to be the only active adapter, and once merged it cannot be unmerged. Defaults to `False`, which is
+            plain AdaLoRA.
         weights_sha256 (`str`, *optional*):
-            Checksum of the saved weights of an AdaDoRA adapter, set when it is saved and checked before it is loaded from
-            a folder. Remove it from `adapter_config.json` to load weights that were edited.
+            Checksum of the saved weights of an AdaDoRA adapter, set when it is saved and checked before it is loaded
+            from a folder. Remove it from `adapter_config.json` to load weights that were edited.
 
     Raises:
         `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.

@@ -26,7 +26,9 @@ from .sharding import has_sharded_parameters
 
 
 class AdaLoraLayer(stock.AdaLoraLayer):
-    """PEFT's AdaLoRA layer with a place for magnitudes: `lora_magnitude`, one of shape (out, 1) per AdaDoRA adapter."""
+    """
+    PEFT's AdaLoRA layer with a place for magnitudes: `lora_magnitude`, one of shape (out, 1) per AdaDoRA adapter.
+    """
 
     adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
 

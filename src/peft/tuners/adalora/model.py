@@ -33,9 +33,9 @@ class AdaLoraModel(AdaDoraModelMixin, stock.AdaLoraModel):
 
     Args:
         keep_shapes_on_load (`bool`):
-            Whether loading pruned weights into an adapter that exists keeps its parameters, which an optimizer may hold,
-            with the pruned triplets masked, instead of resizing the adapter to the ranks kept. [`AdaLoraCallback`] sets
-            it. Defaults to `False`.
+            Whether loading pruned weights into an adapter that exists keeps its parameters, which an optimizer may
+            hold, with the pruned triplets masked, instead of resizing the adapter to the ranks kept.
+            [`AdaLoraCallback`] sets it. Defaults to `False`.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
