@@ -16,6 +16,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 
 
@@ -61,6 +62,30 @@ def test_a_weighted_sum_of_adapters_is_refused():
     with pytest.raises(TypeError, match="AdaLoraModel does not support add_weighted_adapter"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
     assert parameter_bytes(model) == before and list(model.peft_config) == ["default"]
+
+
+def test_different_adapters_within_a_batch_are_refused():
+    model = trained_mlp()
+    x = torch.randn(2, 10)
+    expected = model(x)
+    with pytest.raises(NotImplementedError, match="`adapter_names`.*call `set_adapter`"):
+        model(x, adapter_names=["default", "__base__"])
+    assert torch.equal(model(x), expected)
+
+
+def test_the_scale_of_an_adapter_can_be_changed_for_a_while():
+    model = trained_mlp()
+    x = torch.randn(2, 10)
+    expected = model(x)
+    with rescale_adapter_scale(model, 0.0):
+        for name, layer in svd_layers(model).items():
+            rows = layer.lora_magnitude["default"] / layer.get_base_layer().weight.norm(dim=1, keepdim=True)
+            inputs = torch.randn(3, layer.in_features)
+            bias = 0 if layer.get_base_layer().bias is None else layer.get_base_layer().bias
+            torch.testing.assert_close(
+                layer(inputs), (layer.get_base_layer()(inputs) - bias) * rows.T + bias, msg=name
+            )
+    assert torch.equal(model(x), expected)
 
 
 def test_hot_swapping_is_refused(tmp_path):

@@ -15,6 +15,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -147,6 +148,18 @@ class AdaDoraModelMixin:
                     "them."
                 )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None and any(
+            layer.use_dora_adaptive for layer in self._adadora_layers()
+        ):
+            raise NotImplementedError(
+                "`adapter_names`, different adapters within a batch, is not supported with AdaDoRA adapters; call "
+                "`set_adapter` and use one adapter at a time."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def _check_unmerge(self) -> None:
         for layer in self._adadora_layers():
