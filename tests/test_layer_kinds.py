@@ -574,6 +574,14 @@ def test_the_projection_of_an_attention_that_never_calls_it_is_refused():
         get_peft_model(Attention(), make_config(target_modules=["out_proj"]))
 
 
+def test_a_linear_layer_that_packs_its_weight_under_another_name_is_refused_by_its_path():
+    layer = nn.Linear(40, 24)
+    layer.weight_packed = layer.weight
+    del layer.weight
+    with pytest.raises(NotImplementedError, match="'layer' is a torch.nn.modules.linear.Linear; leave it out"):
+        get_peft_model(Model(layer), make_config(target_modules=["layer"]))
+
+
 def test_a_weight_of_a_dtype_without_arithmetic_is_refused_by_its_path():
     layer = nn.Linear(40, 24)
     layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)

@@ -72,6 +72,8 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
     weight = getattr(module, "weight", None)
     if (
         not isinstance(module, (nn.Linear, Conv1D, nn.Conv2d))
+        # packed under another name, as by compressed-tensors
+        or not isinstance(weight, torch.Tensor)
         # never called: the attention takes its weight and makes the product itself
         or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
         or (is_torchao(weight) and not _is_supported_by_torchao(weight))
