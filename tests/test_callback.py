@@ -129,6 +129,21 @@ class TestSchedule:
             warnings.simplefilter("error", UserWarning)
             make_trainer(tmp_path, max_steps=STEPS, save_strategy="no").train()
 
+    @pytest.mark.parametrize("freeze", [False, True])
+    def test_a_warning_says_that_plain_adalora_trains_what_is_not_saved(self, freeze, tmp_path):
+        model = get_peft_model(make_llama().bfloat16(), make_adalora_config(use_dora_adaptive=False))
+        trained = [param for name, param in model.named_parameters() if ".ranknum." in name and param.requires_grad]
+        if not trained:
+            pytest.skip("this PEFT does not train it")
+        for param in trained:
+            param.requires_grad_(not freeze)
+        arguments = make_arguments(tmp_path, save_strategy="no")
+        trainer = Trainer(model, arguments, train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        assert any("trains `ranknum`" in str(warning.message) for warning in caught) is not freeze
+
     def test_a_schedule_that_does_not_fit_is_refused_before_the_first_step(self, tmp_path):
         steps = []
         trainer = make_trainer(

@@ -103,6 +103,12 @@ class AdaLoraCallback(TrainerCallback):
         self._tuner = _tuner_of(model)
         self._saved_step = None
         _check_ranks(self._tuner)
+        if any(".ranknum." in name for name in _adapter_params(self._tuner)):
+            warnings.warn(
+                "Over bfloat16 and float16 weights PEFT trains `ranknum`, the number that AdaLoRA's update is divided "
+                "by, and does not save it, so the saved adapter will predict otherwise than the trained one; call "
+                "`requires_grad_(False)` on these parameters before training."
+            )
         if args.deepspeed is not None:
             if args.fp16:
                 raise ValueError(
@@ -231,8 +237,8 @@ def _set_total_step(tuner: AdaLoraModel | _InjectedAdaLora, total_step: int) -> 
 
 def _adapter_params(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, nn.Parameter]:
     """
-    A, E, B and m of each layer that the allocator looks after, by their names in the model. With plain AdaLoRA over a
-    bfloat16 or float16 weight, PEFT 0.21 trains the initial rank (`ranknum`), too.
+    A, E, B and m of each layer that the allocator looks after, by their names in the model, and the initial rank
+    (`ranknum`) if it is trained, as PEFT 0.21 does with plain AdaLoRA over bfloat16 and float16 weights.
     """
     parts = ("lora_A", "lora_E", "lora_B", "lora_magnitude", "ranknum")
     names = {name % part for name in tuner.rankallocator.name_set for part in parts}
