@@ -38,15 +38,15 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TORCHAO_WEIGHTS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 
-def is_torchao(weight: Any) -> bool:
-    """Whether torchao holds a weight, told without importing it."""
-    return type(weight).__module__.startswith("torchao.")
+def is_torchao(weight: torch.Tensor) -> bool:
+    """Whether torchao holds a weight that is supported, told without importing it and so that it compiles."""
+    return type(weight).__name__ in TORCHAO_WEIGHTS
 
 
-def _is_supported_by_torchao(weight: torch.Tensor) -> bool:
+def _is_unsupported_torchao(weight: torch.Tensor) -> bool:
     # a layer that quantizes its input as well passes no gradient back to it
     quantizes_input = any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
-    return type(weight).__name__ in TORCHAO_WEIGHTS and not quantizes_input
+    return type(weight).__module__.startswith("torchao.") and (quantizes_input or not is_torchao(weight))
 
 
 def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: Optional[bool] = None) -> None:
@@ -76,13 +76,11 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
         or not isinstance(weight, torch.Tensor)
         # never called: the attention takes its weight and makes the product itself
         or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        or (is_torchao(weight) and not _is_supported_by_torchao(weight))
+        or _is_unsupported_torchao(weight)
         or (not get_bnb_param_type(weight) and weight.dtype not in FLOAT_DTYPES)
     ):
-        if is_torchao(weight):
-            kind += f" with a weight of type {type(weight).__name__}"
-        elif isinstance(weight, torch.Tensor):
-            kind += f" with a weight of dtype {weight.dtype}"
+        if isinstance(weight, torch.Tensor):
+            kind += f" with a weight of type {type(weight).__name__} and dtype {weight.dtype}"
         raise NotImplementedError(
             "`use_dora_adaptive=True` supports nn.Linear, transformers' Conv1D, nn.Conv2d, the 4-bit and 8-bit linear "
             f"layers of bitsandbytes, and weight-only 8-bit quantization of torchao, but {where} is a {kind}; leave "
