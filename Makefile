@@ -45,7 +45,7 @@ mutants: .venv/installed build/upstream/patched  ## break the code on purpose, a
 build/upstream/patched:
 	$(BIN)/python upstream/check.py build/upstream --only-ours
 
-matrix: .venv/installed  ## the behavioural tests with other versions, on the Pythons that are here (about 15 minutes)
+matrix: .venv/installed  ## the behavioural tests with other versions, on the Pythons that are here (about 30 minutes)
 	$(INSTALL) nox
 	$(BIN)/nox
 

@@ -225,7 +225,12 @@ class TestInjected:
         model = make_llama()
         config = make_adalora_config(lora_dropout=0.0)
         if inject == "add_adapter":
-            model.add_adapter(config)
+            try:
+                model.add_adapter(config)
+            except ValueError as error:
+                if "The version of PEFT you are using is not compatible" not in str(error):
+                    raise
+                pytest.skip(f"transformers: {error}")  # 5.24 asks for a PEFT that is not released
         else:
             model = inject_adapter_in_model(config, model)
         trainer = Trainer(
