@@ -36,7 +36,7 @@ peft-tests: .venv/installed  ## PEFT's own tests for AdaLoRA, with and without u
 	$(INSTALL) -e '.[peft-tests]'
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/peft_own_tests.py build/peft-tests
 
-upstream-check: .venv/installed  ## patch PEFT's source distribution, and run its tests and ours there (about an hour)
+upstream-check: .venv/installed  ## patch PEFT's source distribution, and run its tests and ours there (about 25 minutes)
 	$(BIN)/python upstream/check.py build/upstream
 
 mutants: .venv/installed build/upstream/patched  ## break the code on purpose, and see that the tests notice
