@@ -89,7 +89,10 @@ class AdaDoraModelMixin:
         self._check_unmerge()  # because injecting sets the active adapter, which unmerges
         layers = self._check_targets(model, config, kwargs.get("state_dict")) if config.use_dora_adaptive else {}
         check_adapter_file(config, layers)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # the keys of AdaLoRA's pattern name E, not the module, so PEFT says that it ignores them
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.inference_mode and config.rank_pattern:
             # at once, because transformers loads weights without asking for `resize_modules_by_rank_pattern`
             pattern = {
