@@ -28,10 +28,10 @@ layers = st.builds(
 
 def assume_no_cancellation(reference: Reference) -> None:
     """
-    Leave out rows where W + ΔW is much shorter than W: there, rounding in W alone moves the norm by more than 1e-5.
+    Leave out rows where W + ΔW is much shorter than W: rounding moves n² by (‖W‖ / n)² times what it moves ‖W‖² by.
     """
     norm, base_norm = reference.row_norm(), reference.weight.norm(dim=1, keepdim=True)
-    assume(bool((norm > 0.1 * base_norm).all()))
+    assume(bool((norm > 0.3 * base_norm).all()))
 
 
 def forward_and_gradients(layer: SVDLinear, x: torch.Tensor, output_gradient: torch.Tensor):
@@ -60,7 +60,7 @@ def test_forward_and_all_gradients_match_the_reference(layer, leading_shape):
     expected, expected_gradients = reference_forward_and_gradients(layer, x, output_gradient)
     for name, scale in Reference.of(layer).sums_of_absolute_terms(x, output_gradient).items():
         # a gradient whose terms cancel (a single E of rank 1, say) has lost its digits in any float32 computation
-        assume(expected_gradients[name].norm() >= 0.05 * scale.norm())
+        assume(expected_gradients[name].norm() >= 0.1 * scale.norm())
 
     assert relative_error(output, expected) < TOLERANCE[torch.float32]
     assert gradients.keys() == expected_gradients.keys()
