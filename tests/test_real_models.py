@@ -121,6 +121,21 @@ if CONVOLUTIONS:
     )
 
 
+def fit(model: PeftModel, batch: dict[str, torch.Tensor]) -> list[float]:
+    """Train for 20 steps on one batch, and give the losses after each."""
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=2e-2)
+    losses = []
+    model.eval()  # without the noise of dropout and of statistics of batches
+    for step in range(20):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(model.get_base_model()(**batch).loss.item())
+    return losses
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_model_trains_saves_loads_and_merges(case, tmp_path):
     torch.manual_seed(0)
@@ -132,16 +147,7 @@ def test_a_model_trains_saves_loads_and_merges(case, tmp_path):
     model = get_peft_model(base, config)
     magnitudes = [name for name, _ in model.named_parameters() if ".lora_magnitude." in name]
     assert len(magnitudes) == case.layers
-    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=2e-2)
-    losses = []
-    model.eval()  # without the noise of dropout and of statistics of batches
-    for step in range(20):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        model.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        losses.append(model.get_base_model()(**batch).loss.item())
+    losses = fit(model, batch)
     assert losses[-1] < 0.95 * losses[0]
     kept = sum(int((param != 0).sum()) for name, param in model.named_parameters() if ".lora_E." in name)
     assert kept == config.target_r * case.layers
@@ -170,18 +176,9 @@ def test_a_model_that_transformers_quantizes_with_torchao_trains_saves_loads_and
 
     batch = text()
     model = get_peft_model(load(), make_config(target_modules="all-linear", orth_reg_weight=0.1))
-    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=2e-2)
-    losses = []
-    for step in range(20):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        model.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = fit(model, batch)
     assert losses[-1] < 0.95 * losses[0]
 
-    model.eval()
     with torch.no_grad():
         expected = model(**batch).logits
         model.save_pretrained(tmp_path / "adapter")

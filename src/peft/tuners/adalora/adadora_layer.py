@@ -13,6 +13,7 @@
 # limitations under the License.
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -80,24 +81,14 @@ class AdaDoraMixin:
         if adapter_name in self.lora_magnitude:
             self.ranknum[adapter_name].requires_grad_(False)
 
-    def frozen_parts(self, adapter_name: str) -> list[nn.ParameterDict]:
-        """
-        Those of the dicts of A, E, B, m and the initial rank in which the parameter of an adapter is not trained.
-        """
-        parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude, self.ranknum)
-        return [part for part in parts if adapter_name in part and not part[adapter_name].requires_grad]
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         """As PEFT's, which also casts to the dtype of the weight, but a magnitude keeps its own."""
         magnitude = self.take_magnitude(adapter_name)
         if magnitude is None:
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             return
-        # PEFT replaces what it casts by parameters that are trained
-        frozen = self.frozen_parts(adapter_name)
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for part in frozen:
-            part[adapter_name].requires_grad_(False)
+        with frozen_stays_frozen([self], adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         magnitude.data = magnitude.data.to(self.lora_E[adapter_name].device)
         self.give_magnitude(adapter_name, magnitude)
 
@@ -382,6 +373,18 @@ class AdaDoraMixin:
     def _apply(self, *args: Any, **kwargs: Any) -> "AdaDoraMixin":
         self.clear_memos()
         return super()._apply(*args, **kwargs)
+
+
+@contextmanager
+def frozen_stays_frozen(layers: list[AdaDoraMixin], adapter_name: str) -> Iterator[None]:
+    """PEFT replaces what it casts by parameters that are trained, even the initial rank, which is not saved."""
+    frozen = []
+    for layer in layers:
+        parts = (layer.lora_A, layer.lora_E, layer.lora_B, layer.lora_magnitude, layer.ranknum)
+        frozen += [part for part in parts if adapter_name in part and not part[adapter_name].requires_grad]
+    yield
+    for part in frozen:
+        part[adapter_name].requires_grad_(False)
 
 
 class AdaDoraConv2dMixin(AdaDoraMixin):

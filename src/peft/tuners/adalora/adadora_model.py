@@ -23,7 +23,7 @@ from torch import nn
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 
-from .adadora_layer import AdaDoraMixin
+from .adadora_layer import AdaDoraMixin, frozen_stays_frozen
 from .base_weight import check_magnitude_support, weight_rows
 from .checkpoint import PREFIX, adapter_checksum, check_adapter_file, check_adapter_weights
 from .config import AdaLoraConfig
@@ -101,8 +101,9 @@ class AdaDoraModelMixin:
             self.keep_ranks(pattern, adapter_name)
         quantization_config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
         if hasattr(quantization_config, "get_apply_tensor_subclass"):
+            torchao_config = quantization_config.get_apply_tensor_subclass()
             for layer in self._adadora_layers():
-                layer.torchao_config = quantization_config.get_apply_tensor_subclass()
+                layer.torchao_config = torchao_config
         if config.use_dora_adaptive and hasattr(model, "add_model_tags"):
             model.add_model_tags("adadora")  # of the model card that PEFT writes
         if not config.inference_mode:
@@ -133,11 +134,8 @@ class AdaDoraModelMixin:
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         layers = [layer for layer in self._adadora_layers() if adapter_name in layer.lora_magnitude]
-        # PEFT replaces what it casts by parameters that are trained, even the initial rank, which is not saved
-        frozen = [part for layer in layers for part in layer.frozen_parts(adapter_name)]
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for part in frozen:
-            part[adapter_name].requires_grad_(False)
+        with frozen_stays_frozen(layers, adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         for layer in layers:
             layer.restore_magnitude_precision(adapter_name)
 
