@@ -31,7 +31,7 @@ from .adadora import (
     squared_adapted_row_norm,
     squared_row_norm,
 )
-from .base_weight import check_overwrite, is_quantized, overwrite_weight, stored_tensors, weight_rows
+from .base_weight import check_overwrite, overwrite_weight, quantization, stored_tensors, weight_rows
 from .config import AdaLoraConfig
 from .sharding import copy_whole_, is_partitioned, whole
 
@@ -129,7 +129,7 @@ class AdaDoraMixin:
         for them. There the steps of an optimizer are smaller than those from one number to the next, so that a
         magnitude stays as it is (https://github.com/huggingface/trl/issues/7268).
         """
-        if not is_quantized(self.get_base_layer()):
+        if quantization(self.get_base_layer()) is None:
             return
         for adapter_name, magnitude in self.lora_magnitude.items():
             dtype = magnitude.dtype

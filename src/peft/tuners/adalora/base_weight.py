@@ -135,12 +135,17 @@ class QuantizedRows:
         return self.dequantize(start, stop)
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether the weight of a layer is quantized by now; bitsandbytes does so when it moves to a device."""
+def quantization(module: nn.Module) -> Optional[str]:
+    """
+    How the weight of a layer is quantized: `"4bit"` or `"8bit"` by bitsandbytes, `"torchao"`, or `None` if it is not,
+    or not yet; bitsandbytes quantizes when a weight moves to a device.
+    """
     kind = get_bnb_param_type(module.weight)
     if kind == "4bit":
-        return _quant_state(module) is not None
-    return module.weight.dtype == torch.int8 if kind == "8bit" else is_torchao(module.weight)
+        return kind if _quant_state(module) is not None else None
+    if kind == "8bit":
+        return kind if module.weight.dtype == torch.int8 else None
+    return "torchao" if is_torchao(module.weight) else None
 
 
 def weight_rows(module: nn.Module, weight: Optional[torch.Tensor] = None) -> torch.Tensor | QuantizedRows:
@@ -156,10 +161,12 @@ def weight_rows(module: nn.Module, weight: Optional[torch.Tensor] = None) -> tor
     """
     if weight is None:
         weight = module.weight.detach()
-    if is_quantized(module):
-        kind = get_bnb_param_type(module.weight)
-        if kind:
-            return _rows_of_4bit(module) if kind == "4bit" else _rows_of_8bit(module)
+    kind = quantization(module)
+    if kind == "4bit":
+        return _rows_of_4bit(module)
+    if kind == "8bit":
+        return _rows_of_8bit(module)
+    if kind == "torchao":
         return QuantizedRows(
             weight.shape, weight.dtype, weight.device, lambda start, stop: weight[start:stop].dequantize()
         )
@@ -262,7 +269,7 @@ def overwrite_weight(
         stand_in.weight = nn.Parameter(torch.cat([values for _, values in blocks]), requires_grad=False)
         quantize_(stand_in, torchao_config)
         module.weight = stand_in.weight
-    elif is_quantized(module):
+    elif quantization(module) is not None:
         options = {
             key: value
             for key, value in vars(weight).items()
