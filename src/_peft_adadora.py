@@ -1,8 +1,7 @@
 """Lays AdaDoRA's modules over the installed PEFT, like a transparent sheet.
 
-The start-up file `peft_adadora.pth` imports this module in every interpreter of the environment, so it stays small and
-imports nothing that is not loaded anyway; what the finder needs is imported when PEFT is. It puts a finder on
-`sys.meta_path` that answers for one package, and where PEFT is older than 0.21 for one module more:
+The start-up file `peft_adadora.pth` imports this module in every interpreter of the environment, so it imports nothing
+that is not loaded anyway, until PEFT's AdaLoRA is imported. It puts a finder on `sys.meta_path`:
 
 - `peft.tuners.adalora` gets our `__init__.py`, and our folder in front of the installed one on its `__path__`. A
   module that we have wins over the installed one of the same name, and any other comes from the installed package.
@@ -16,24 +15,16 @@ import sys
 
 
 PACKAGE = "peft.tuners.adalora"
-SAVE_AND_LOAD = "peft.utils.save_and_load"
-SUPPORTED_PEFT = ">=0.19.0,<0.22"
+SUPPORTED_PEFT = ">=0.21.0,<0.22"
 
 
 def is_supported(version: str) -> bool:
     """Whether the PEFT version, such as `"0.21.2"` or `"0.21.3.dev0"`, lies in `SUPPORTED_PEFT`."""
-    return version.split(".")[:2] in (["0", "19"], ["0", "20"], ["0", "21"])
-
-
-def installed_version() -> str:
-    """Of the PEFT that is being imported."""
-    return getattr(sys.modules.get("peft"), "__version__", "unknown")
+    return version.split(".")[:2] == ["0", "21"]
 
 
 def overlay_folder() -> str:
-    """
-    The folder that holds our modules of `PACKAGE`: inside `peft_adadora` when installed, in `src/` when editable.
-    """
+    """The folder of our modules of `PACKAGE`: inside `peft_adadora` when installed, in `src/` when editable."""
     here = os.path.dirname(os.path.abspath(__file__))
     installed = os.path.join(here, "peft_adadora", "peft")
     root = installed if os.path.isdir(installed) else os.path.join(here, "peft")
@@ -45,45 +36,28 @@ class OverlayFinder:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name == PACKAGE:
-            import warnings
-            from importlib.machinery import PathFinder
-            from importlib.util import spec_from_file_location
-
-            spec = PathFinder.find_spec(name, path)
-            version = installed_version()
-            if spec is None or not is_supported(version):
-                warnings.warn(
-                    f"peft-adadora supports peft {SUPPORTED_PEFT} but peft {version} is installed, so AdaDoRA is off "
-                    "and PEFT runs as it is; install a supported peft, or uninstall peft-adadora."
-                )
-                return spec
-            folder = overlay_folder()
-            return spec_from_file_location(
-                name,
-                os.path.join(folder, "__init__.py"),
-                submodule_search_locations=[folder, *spec.submodule_search_locations],
-            )
-        if name == SAVE_AND_LOAD and installed_version().startswith(("0.19.", "0.20.")):
-            from importlib.util import spec_from_file_location
-
-            here = os.path.dirname(os.path.abspath(__file__))
-            return spec_from_file_location(name, os.path.join(here, "peft_adadora", "older_peft.py"))
         package, is_stock, module = name.rpartition(".stock_")
-        if is_stock and package in (PACKAGE, "peft.utils"):
-            from importlib.util import spec_from_file_location
+        if PACKAGE not in (name, package):
+            return None
+        import warnings
+        from importlib.machinery import PathFinder
+        from importlib.util import spec_from_file_location
 
-            installed = list(path)[-1]
-            spec = spec_from_file_location(name, os.path.join(installed, module + ".py"))
+        if is_stock:
+            spec = spec_from_file_location(name, os.path.join(list(path)[-1], module + ".py"))
             spec.submodule_search_locations = None  # a module, even if it comes from an `__init__.py`
             return spec
-        return None
+        spec = PathFinder.find_spec(name, path)
+        version = getattr(sys.modules.get("peft"), "__version__", "unknown")
+        if spec is None or not is_supported(version):
+            warnings.warn(
+                f"peft-adadora supports peft {SUPPORTED_PEFT} but peft {version} is installed, so AdaDoRA is off and "
+                "PEFT runs as it is; install a supported peft, or uninstall peft-adadora."
+            )
+            return spec
+        folders = [overlay_folder(), *spec.submodule_search_locations]
+        file = os.path.join(folders[0], "__init__.py")
+        return spec_from_file_location(name, file, submodule_search_locations=folders)
 
 
-def install() -> None:
-    """Put the finder in front of the others, once."""
-    if OverlayFinder not in sys.meta_path:
-        sys.meta_path.insert(0, OverlayFinder)
-
-
-install()
+sys.meta_path.insert(0, OverlayFinder)

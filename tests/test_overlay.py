@@ -298,8 +298,8 @@ class TestDoctor:
         done = wheel.run("-c", DOCTOR, python_path=[unsupported], check=False)
         assert done.returncode == 1
         assert "AdaDoRA is not active in this environment." in done.stdout
-        assert "Why: peft 0.99.0 is not supported, only peft >=0.19.0,<0.22 is." in done.stdout
-        assert 'Fix: pip install "peft>=0.19.0,<0.22"' in done.stdout
+        assert "Why: peft 0.99.0 is not supported, only peft >=0.21.0,<0.22 is." in done.stdout
+        assert 'Fix: pip install "peft>=0.21.0,<0.22"' in done.stdout
 
     def test_says_that_peft_is_not_installed(self, wheel):
         done = wheel.run("-S", "-c", DOCTOR, python_path=[wheel.site_packages], check=False)
@@ -376,7 +376,7 @@ class TestUnsupportedPeft:
         )
         messages = json.loads(installed.run("-c", code, python_path=[unsupported]).stdout)
         assert len(messages) == 1
-        assert ">=0.19.0,<0.22" in messages[0] and "0.99.0" in messages[0]
+        assert ">=0.21.0,<0.22" in messages[0] and "0.99.0" in messages[0]
 
     def test_it_is_left_as_it_is(self, installed, unsupported):
         code = (
@@ -393,20 +393,20 @@ class TestUnsupportedPeft:
         done = installed.run("-c", f"{before}import peft_adadora", python_path=[unsupported], check=False)
         error = done.stderr.splitlines()[-1]
         assert error.startswith("ImportError: ")
-        assert ">=0.19.0,<0.22" in error and "0.99.0" in error
+        assert ">=0.21.0,<0.22" in error and "0.99.0" in error
 
     def test_importing_peft_adadora_without_any_peft_says_so(self, wheel):
         done = wheel.run("-S", "-c", "import peft_adadora", python_path=[wheel.site_packages], check=False)
         error = done.stderr.splitlines()[-1]
         assert error.startswith("ImportError: ")
-        assert ">=0.19.0,<0.22" in error and "no peft is installed" in error
+        assert ">=0.21.0,<0.22" in error and "no peft is installed" in error
 
     @pytest.mark.parametrize(
         "version, supported",
         [
             ("0.18.1", False),
-            ("0.19.0", True),
-            ("0.20.0", True),
+            ("0.19.1", False),
+            ("0.20.0", False),
             ("0.21.0", True),
             ("0.21.2", True),
             ("0.21.3.dev0", True),
@@ -417,7 +417,7 @@ class TestUnsupportedPeft:
             ("1.21.0", False),
         ],
     )
-    def test_the_supported_range_goes_from_0_19_to_0_21(self, version, supported):
+    def test_the_supported_range_is_0_21(self, version, supported):
         assert importlib.import_module("_peft_adadora").is_supported(version) == supported
 
 
@@ -534,12 +534,3 @@ PeftModel.from_pretrained(nn.Sequential(nn.Linear(3, 4)), sys.argv[1])
     )
     assert done.returncode == 1
     assert "ADALORA does not support DoRA" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("version, file", [("0.19.1", "older_peft.py"), ("0.20.0", "older_peft.py"), ("0.21.0", None)])
-def test_saving_and_loading_is_replaced_before_peft_0_21_alone(monkeypatch, version, file):
-    import peft
-
-    monkeypatch.setattr(peft, "__version__", version)
-    spec = importlib.import_module("_peft_adadora").OverlayFinder.find_spec("peft.utils.save_and_load")
-    assert spec is None if file is None else Path(spec.origin).name == file and Path(spec.origin).exists()

@@ -1,10 +1,8 @@
-"""AdaDoRA for PEFT: `AdaLoraConfig(..., use_dora_adaptive=True)`.
+"""AdaDoRA for PEFT: `AdaLoraConfig(..., use_dora_adaptive=True)`, for which nothing here has to be imported.
 
-`AdaLoraCallback`, for the Trainer of transformers, can be imported from here as well as from `peft.tuners.adalora`;
-nothing else needs to be. `read_report` and `figures` show what a run has learned, `doctor` whether AdaDoRA is active;
-the command `peft-adadora` does the same. AdaDoRA is active in every interpreter that reads the start-up file of this
-package, that is, in any ordinary environment where it is installed. Where start-up files are not read (`python -S`, or
-`pip install --target` with `PYTHONPATH`), import this package before `peft`.
+What there is: `AdaLoraCallback` for the Trainer of transformers (also in `peft.tuners.adalora`), `read_report` and
+`figures` to see what a run has learned, and `doctor` to see whether AdaDoRA is active. Where start-up files are not
+read (`python -S`, or `pip install --target` with `PYTHONPATH`), import this package before `peft`.
 
 Raises `ImportError` when PEFT is not installed or outside the supported range, and when `peft.tuners.adalora` was
 already imported without AdaDoRA.
@@ -23,11 +21,11 @@ __version__ = version("peft-adadora")
 try:
     _peft_version = getattr(sys.modules.get("peft"), "__version__", None) or version("peft")
 except PackageNotFoundError:
-    _peft_version = None
-if _peft_version is None or not _overlay.is_supported(_peft_version):
+    _peft_version = ""
+if not _overlay.is_supported(_peft_version):
     raise ImportError(
         f"peft-adadora {__version__} supports peft {_overlay.SUPPORTED_PEFT} but "
-        f"{'no peft' if _peft_version is None else f'peft {_peft_version}'} is installed; install a supported peft."
+        f"{f'peft {_peft_version}' if _peft_version else 'no peft'} is installed; install a supported peft."
     )
 
 _adalora = sys.modules.get(_overlay.PACKAGE)
