@@ -6,10 +6,8 @@ from helpers import TARGETS, make_config, make_layer, make_mlp, make_peft_mlp, p
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import peft
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners import adalora
-from peft.tuners.adalora import SVDLinear
+from peft.tuners.adalora import SVDConv2d, SVDLinear
 
 
 X = torch.randn(13, 10, generator=torch.Generator().manual_seed(7))
@@ -160,16 +158,11 @@ class TestMerge:
             layer.merge(safe_merge=True)
         assert state(layer) == before
 
-    @pytest.mark.skipif(peft.__version__.startswith("0.19."), reason="PEFT 0.19 merges nothing, without a word")
     def test_adapter_names_given_as_a_string_are_refused_as_in_peft(self):
         layer = make_layer(8, 5, 4)
         with pytest.raises(TypeError, match="should be a list of strings"):
             layer.merge(adapter_names="default")
 
-    @pytest.mark.skipif(
-        peft.__version__.startswith(("0.19.", "0.20.")),
-        reason="before PEFT 0.21, merged adapters of any kind are deleted",
-    )
     def test_a_merged_adapter_cannot_be_deleted(self):
         model = make_peft_mlp()
         model.merge_adapter()
@@ -223,17 +216,8 @@ class TestTargets:
         assert list(svd_layers(model)) == ["base_model.model.linear"]
 
     def test_an_unsupported_module_given_to_a_layer_directly_is_refused(self):
-        layer_class = getattr(adalora, "SVDConv2d", SVDLinear)
         with pytest.raises(NotImplementedError, match="Conv3d"):
-            layer_class(nn.Conv3d(3, 4, 3), "default", make_config(), r=2)
-
-    @pytest.mark.skipif(hasattr(adalora, "SVDConv2d"), reason="this PEFT's AdaLoRA adapts convolutions")
-    def test_a_convolution_is_refused_where_adalora_does_not_take_it(self):
-        base = Mixture(nn.Conv2d(3, 4, 3))
-        before = state(base)
-        with pytest.raises(NotImplementedError, match="'block.unsupported' is a Conv2d.*from PEFT 0.20 on"):
-            get_peft_model(base, make_config(target_modules=["linear", "unsupported"]))
-        assert state(base) == before
+            SVDConv2d(nn.Conv3d(3, 4, 3), "default", make_config(), r=2)
 
     def test_fan_in_fan_out_on_a_linear_layer_is_refused(self):
         base = nn.Linear(5, 8)

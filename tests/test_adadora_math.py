@@ -85,14 +85,15 @@ def test_forward_and_all_gradients_match_the_reference_in_low_precision(dtype, b
 
 
 def test_a_learned_magnitude_near_one_is_not_rounded_away_in_bfloat16():
-    # bfloat16 has steps of 0.4 % near 1: a scale of 1.001, rounded, would be no scale at all
+    # bfloat16 has steps of 0.4 % near 1: factors that were rounded to it would be off by 0.1 % on average
     layer = make_layer(256, 64, 4, bias=False, dtype=torch.bfloat16, trained=False)
-    layer.lora_magnitude["default"] = nn.Parameter(layer.lora_magnitude["default"].float() * 1.001)
-    x = torch.randn(512, 64, dtype=torch.bfloat16)
-    base_output = nn.functional.linear(x.double(), layer.get_base_layer().weight.double())
-    change = (layer(x).double() - base_output).flatten() @ base_output.flatten() / base_output.flatten().square().sum()
-    expected = (Reference.of(layer).forward(x.double()) - base_output).flatten() @ base_output.flatten()
-    assert change.item() == pytest.approx((expected / base_output.flatten().square().sum()).item(), abs=2e-4)
+    factors = 1.01 + 0.02 * torch.rand(256, 1)
+    layer.lora_magnitude["default"] = nn.Parameter(layer.lora_magnitude["default"].float() * factors)
+    x = torch.randn(4096, 64, dtype=torch.bfloat16)
+    base_output = layer.get_base_layer()(x).double()
+    # of each row over all tokens, so that what rounding the output does averages out
+    measured = (layer(x).double() * base_output).sum(0) / base_output.square().sum(0)
+    assert (measured - factors.view(-1)).square().mean().sqrt() < 4e-4
 
 
 def test_no_gradient_flows_through_the_norm():

@@ -355,8 +355,6 @@ class TestCheckpoint:
         trainer = make_trainer(other, resume_from_checkpoint=checkpoint)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            # before 0.21, PEFT looks for the config of the base model, which has no name here
-            warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
             trainer.train(resume_from_checkpoint=checkpoint)
         make_trainer(copy).train(resume_from_checkpoint=True)
         ends = [everything_in(folder / f"checkpoint-{STEPS}") for folder in (other, copy)]

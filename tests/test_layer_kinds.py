@@ -16,8 +16,11 @@ from transformers import TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft import PeftModel, get_peft_model
+from peft.helpers import DoraCaching
 from peft.tuners import adalora
 from peft.tuners.adalora import AdaLoraLayer, SVDLinear
+from peft.tuners.adalora.base_weight import base_rows
+from peft.tuners.adalora.kept import scales, squared_base_norm
 
 
 try:
@@ -154,18 +157,15 @@ def torchao_kind(config: Any, dtype: torch.dtype = torch.float32, **errors: floa
 
 KINDS = {
     "Conv1D": Kind(make_conv1d, lambda base: base.weight.detach().double().T, linear_forward, (16, 40)),
+    "Conv2d": convolution(),
+    "Conv2d-strided": convolution(stride=(2, 1), padding=(1, 2), dilation=2),
+    "Conv2d-reflecting": convolution(padding=2, padding_mode="reflect", bias=False),
+    "Conv2d-same": convolution(padding="same", kernel_size=(3, 2)),
+    "Conv2d-grouped": convolution(groups=2),
+    "Conv2d-depthwise": convolution(in_channels=4, out_channels=8, groups=4),
+    "Conv2d-unbatched": convolution(input_shape=(4, 9, 8)),
+    "Conv2d-1x1": convolution(kernel_size=1),
 }
-if hasattr(adalora, "SVDConv2d"):  # not in PEFT 0.19
-    KINDS |= {
-        "Conv2d": convolution(),
-        "Conv2d-strided": convolution(stride=(2, 1), padding=(1, 2), dilation=2),
-        "Conv2d-reflecting": convolution(padding=2, padding_mode="reflect", bias=False),
-        "Conv2d-same": convolution(padding="same", kernel_size=(3, 2)),
-        "Conv2d-grouped": convolution(groups=2),
-        "Conv2d-depthwise": convolution(in_channels=4, out_channels=8, groups=4),
-        "Conv2d-unbatched": convolution(input_shape=(4, 9, 8)),
-        "Conv2d-1x1": convolution(kernel_size=1),
-    }
 if bnb is not None:
     KINDS |= {
         "nf4": four_bit("nf4"),
@@ -189,6 +189,7 @@ if torchao is not None:
             torchao.Int8WeightOnlyConfig(), torch.bfloat16, output_error=4e-3, input_gradient_error=4e-3
         ),
         "torchao-intx": torchao_kind(torchao.IntxWeightOnlyConfig()),
+        "torchao-int4": torchao_kind(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
         "torchao-float8": torchao_kind(torchao.Float8WeightOnlyConfig()),
     }
 QUANTIZED_BY_BNB = [name for name in KINDS if name.startswith(("nf4", "fp4", "int8"))]
@@ -330,7 +331,7 @@ def test_a_safe_merge_that_is_not_finite_changes_nothing(kind):
     assert torch.equal(kind.rows(layer_of(model).get_base_layer()), before)
 
 
-@pytest.mark.parametrize("name", [name for name in ("Conv1D", "Conv2d", "Conv2d-grouped") if name in KINDS])
+@pytest.mark.parametrize("name", ["Conv1D", "Conv2d", "Conv2d-grouped"])
 def test_no_weight_sized_temporary_is_allocated_in_a_training_step(name):
     if name == "Conv1D":
         base, x = Conv1D(384, 320), torch.randn(6, 320)
@@ -440,7 +441,7 @@ def test_a_second_adapter_cannot_be_used_together_with_the_first(kind):
         layer_of(model).merge(adapter_names=["default", "other"])
 
 
-@pytest.mark.parametrize("name", [name for name in ("Conv2d-grouped", "Conv2d-depthwise") if name in KINDS])
+@pytest.mark.parametrize("name", ["Conv2d-grouped", "Conv2d-depthwise"])
 def test_plain_adalora_fits_a_convolution_with_groups_too(name):
     kind = KINDS[name]
     model = make_model(kind, use_dora_adaptive=False)
@@ -469,10 +470,8 @@ class TestBitsandbytes:
     @pytest.mark.parametrize("name", QUANTIZED_BY_BNB)
     def test_blocks_of_rows_are_those_of_the_whole_weight(self, name):
         # of sizes that do not fit the blocks of quantization
-        from peft.tuners.adalora.base_weight import weight_rows
-
         base = quantize(nn.Linear(42, 25, bias=False), name.partition("-")[0], "double" in name)
-        rows, expected = weight_rows(base), KINDS[name].rows(base)
+        rows, expected = AdaLoraLayer.resolve_backend(base).get_base_rows(base), KINDS[name].rows(base)
         for start, stop in ((0, 25), (0, 1), (3, 4), (5, 17), (23, 30)):
             assert relative_error(rows[start:stop], expected[start:stop]) < 1e-7
 
@@ -481,16 +480,13 @@ class TestBitsandbytes:
         torch.manual_seed(0)
         base = quantize(nn.Linear(1024, 1024, bias=False), name.partition("-")[0], "double" in name)
         layer = SVDLinear(base, "default", make_config(), r=4)
-        factors = layer.update_factors("default")
-        peak = max(itertools.accumulate(allocations(lambda: layer._squared_norm(*factors))))
+        peak = max(itertools.accumulate(allocations(lambda: scales(layer, "default"))))
         # a half at most of the weight in float32: of the eighth that is dequantized at a time, the copies that
         # dequantizing makes
         assert 0 < peak < 1024 * 1024 * 4 // 2
 
     def test_a_weight_that_bitsandbytes_has_reordered_for_the_cpu_is_read(self):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu
-
-        from peft.tuners.adalora.base_weight import weight_rows
 
         torch.manual_seed(0)
         for compress_statistics in (False, True):
@@ -502,7 +498,7 @@ class TestBitsandbytes:
             )
             # its scales are bfloat16 then
             for _ in range(2):
-                assert relative_error(weight_rows(base)[0:64], expected) < 4e-3
+                assert relative_error(AdaLoraLayer.resolve_backend(base).get_base_rows(base)[0:64], expected) < 4e-3
 
 
 @pytest.mark.skipif(torchao is None, reason="needs torchao")
@@ -512,22 +508,19 @@ class TestTorchao:
         torch.manual_seed(0)
         base = quantize_by_torchao(nn.Linear(1024, 1024).weight, KINDS[name].torchao_config)
         layer = SVDLinear(base, "default", make_config(), r=4)
-        factors = layer.update_factors("default")
-        peak = max(itertools.accumulate(allocations(lambda: layer._squared_norm(*factors))))
+        peak = max(itertools.accumulate(allocations(lambda: scales(layer, "default"))))
         assert 0 < peak < 1024 * 1024 * 4
 
     def test_the_row_norms_of_the_weight_are_computed_once_until_it_changes(self):
         kind = KINDS["torchao-int8"]
         layer = layer_of(make_model(kind))
         x = torch.randn(kind.input_shape)
+        kept = squared_base_norm(layer, base_rows(layer))
         layer(x)
-        kept = layer._base_norm_memo._value
-        layer(x)
-        assert layer._base_norm_memo._value is kept
+        assert squared_base_norm(layer, base_rows(layer)) is kept
         with torch.no_grad():
             layer.get_base_layer().weight.scale.mul_(2)
-        layer(x)
-        torch.testing.assert_close(layer._base_norm_memo._value, 4 * kept)
+        torch.testing.assert_close(squared_base_norm(layer, base_rows(layer)), 4 * kept)
 
     def test_a_merge_that_could_not_be_quantized_is_refused_before_anything_changes(self):
         kind = KINDS["torchao-int8"]
@@ -587,3 +580,16 @@ def test_a_weight_of_a_dtype_without_arithmetic_is_refused_by_its_path():
     layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(NotImplementedError, match="'layer'.*float8_e4m3fn; leave it out"):
         get_peft_model(Model(layer), make_config(target_modules=["layer"]))
+
+
+@pytest.mark.parametrize("name", ["Conv1D", "Conv2d", *QUANTIZED_BY_BNB, *QUANTIZED_BY_TORCHAO])
+def test_training_mode_and_moving_the_model_forget_what_was_kept(name):
+    layer = layer_of(make_model(KINDS[name])).eval()
+    x = torch.randn(KINDS[name].input_shape)
+    with torch.no_grad(), DoraCaching():
+        layer(x)
+        assert layer._kept_norm is not None and layer._kept_scales is not None
+        layer.train()
+        assert layer._kept_scales is None
+        layer.to("cpu")
+        assert layer._kept_norm is None

@@ -27,10 +27,6 @@ from transformers import (
 )
 
 from peft import PeftModel, get_peft_model
-from peft.tuners import adalora
-
-
-CONVOLUTIONS = hasattr(adalora, "SVDConv2d")  # not in PEFT 0.19
 
 
 @dataclass
@@ -105,20 +101,19 @@ CASES = {
     "ViT": Case(
         lambda: ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=3, **ENCODER)),
         # the embedding of the patches is a convolution, `projection`
-        rf".*({'projection|' if CONVOLUTIONS else ''}(q|k|v|o)_proj|query|key|value|dense|fc1|fc2)",
+        r".*(projection|(q|k|v|o)_proj|query|key|value|dense|fc1|fc2)",
         images,
-        CONVOLUTIONS + 2 * 6,
+        1 + 2 * 6,
     ),
-}
-if CONVOLUTIONS:
-    CASES["ResNet"] = Case(
+    "ResNet": Case(
         lambda: ResNetForImageClassification(
             ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_labels=3)
         ),
         ["convolution"],
         images,
         9,
-    )
+    ),
+}
 
 
 def fit(model: PeftModel, batch: dict[str, torch.Tensor]) -> list[float]:

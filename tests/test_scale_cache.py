@@ -1,4 +1,4 @@
-"""What eval mode keeps of the weights is never used after one of them has changed."""
+"""What a layer keeps of its weights, and how long: ‖W‖² while W is the same, m / n in `generate` and `DoraCaching`."""
 
 import copy
 import io
@@ -11,8 +11,11 @@ from reference import Reference, relative_error
 from torch import nn
 
 from peft import PeftModel
-from peft.helpers import rescale_adapter_scale
+from peft.helpers import DoraCaching, rescale_adapter_scale
 from peft.tuners.adalora import SVDLinear
+from peft.tuners.adalora.base_weight import base_rows
+from peft.tuners.adalora.kept import squared_base_norm
+from peft.tuners.adalora.loading import keep_ranks
 
 
 X = torch.randn(9, 20, generator=torch.Generator().manual_seed(5))
@@ -21,6 +24,12 @@ X = torch.randn(9, 20, generator=torch.Generator().manual_seed(5))
 @torch.no_grad()
 def output_of(layer: SVDLinear) -> torch.Tensor:
     return layer(X.to(layer.get_base_layer().weight.dtype))
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "DoraCaching"])
+def caching(request):
+    with DoraCaching(enabled=request.param):
+        yield request.param
 
 
 def warm_layer(**kwargs) -> SVDLinear:
@@ -96,7 +105,7 @@ DOORS = {
     "set_scale": lambda layer: layer.set_scale("default", 3.0),
     "scale_layer": lambda layer: layer.scale_layer(0.5),
     "pruning": prune,
-    "keep_ranks": lambda layer: layer.keep_ranks("default", torch.tensor([1, 3])),
+    "dropping ranks": lambda layer: keep_ranks(layer, "default", torch.tensor([1, 3])),
     "update_layer": lambda layer: layer.update_layer("default", 2, lora_alpha=5, config=make_config()),
     "reset_lora_parameters": lambda layer: layer.reset_lora_parameters("default"),
     "double()": lambda layer: layer.double(),
@@ -109,10 +118,6 @@ DOORS = {
         f"a write to {part}": write_in_place(part)
         for part in ("weight", "lora_A", "lora_E", "lora_B", "lora_magnitude")
     },
-    "a write through .data and clear_memos()": lambda layer: (
-        layer.lora_magnitude["default"].data.mul_(2),
-        layer.clear_memos(),
-    ),
     "a write through .data while training": lambda layer: (
         layer.train(),
         layer.lora_magnitude["default"].data.mul_(2),
@@ -179,28 +184,28 @@ def test_loading_an_adapter_into_a_warm_model(tmp_path):
 
 def count_norms(monkeypatch) -> list:
     """Record each time that a layer computes the norm of its adapted weight."""
-    import peft.tuners.adalora.adadora_layer as layer_module
+    from peft.tuners.adalora import variants
 
     calls = []
-    compute = layer_module.squared_adapted_row_norm
-    monkeypatch.setattr(layer_module, "squared_adapted_row_norm", lambda *args: (calls.append(1), compute(*args))[1])
+    compute = variants.squared_adapted_row_norm
+    monkeypatch.setattr(variants, "squared_adapted_row_norm", lambda *args: (calls.append(1), compute(*args))[1])
     return calls
 
 
-def test_eval_mode_computes_the_norm_once(monkeypatch):
+def test_eval_mode_computes_the_norm_every_time_but_with_caching(monkeypatch, caching):
     calls = count_norms(monkeypatch)
     layer = make_layer(16, 20, 4).eval()
     for _ in range(5):
         output_of(layer)
-    assert len(calls) == 1
+    assert len(calls) == (1 if caching else 5)
 
 
-def test_a_frozen_adapter_keeps_the_scale_without_no_grad_too(monkeypatch):
+def test_a_frozen_adapter_keeps_the_scale_without_no_grad_too(monkeypatch, caching):
     calls = count_norms(monkeypatch)
     layer = make_layer(16, 20, 4).eval().requires_grad_(False)
     for _ in range(5):
         layer(X)
-    assert len(calls) == 1
+    assert len(calls) == (1 if caching else 5)
 
 
 def test_training_mode_computes_the_norm_every_time(monkeypatch):
@@ -210,6 +215,63 @@ def test_training_mode_computes_the_norm_every_time(monkeypatch):
         output_of(layer)
         layer(X)
     assert len(calls) == 6
+
+
+def test_gradients_need_the_norm_every_time(monkeypatch):
+    calls = count_norms(monkeypatch)
+    layer = make_layer(16, 20, 4).eval()
+    for _ in range(3):
+        layer(X).sum().backward()
+    assert len(calls) == 3
+    assert layer.lora_magnitude["default"].grad.abs().sum() > 0
+
+
+def test_the_row_norms_of_a_frozen_weight_are_computed_once_until_it_changes():
+    layer = make_layer(16, 20, 4)
+    kept = squared_base_norm(layer, base_rows(layer))
+    layer(X).sum().backward()
+    assert squared_base_norm(layer, base_rows(layer)) is kept
+    with torch.no_grad():
+        layer.get_base_layer().weight.mul_(2)
+    torch.testing.assert_close(squared_base_norm(layer, base_rows(layer)), 4 * kept)
+
+
+def test_the_row_norms_of_a_weight_that_is_trained_are_not_kept():
+    layer = make_layer(16, 20, 4)
+    layer.get_base_layer().weight.requires_grad_()
+    kept = squared_base_norm(layer, base_rows(layer))
+    assert squared_base_norm(layer, base_rows(layer)) is not kept and not kept.requires_grad
+    layer.get_base_layer().weight.data.mul_(2)
+    torch.testing.assert_close(squared_base_norm(layer, base_rows(layer)), 4 * kept)
+
+
+def test_a_weight_at_the_address_of_the_old_one_is_another_weight():
+    layer = make_layer(16, 20, 4)
+    for _ in range(20):
+        squared_base_norm(layer, base_rows(layer))
+        layer.get_base_layer().weight.data = torch.randn(16, 20)
+        assert (
+            relative_error(
+                squared_base_norm(layer, base_rows(layer)), layer.get_base_layer().weight.square().sum(1, True)
+            )
+            < 1e-6
+        )
+        layer.get_base_layer().weight = nn.Parameter(torch.randn(16, 20), requires_grad=False)
+        assert (
+            relative_error(
+                squared_base_norm(layer, base_rows(layer)), layer.get_base_layer().weight.square().sum(1, True)
+            )
+            < 1e-6
+        )
+
+
+def test_no_caching_outlasts_the_context_it_was_made_in():
+    layer = make_layer(16, 20, 4).eval()
+    for factor in (1.0, 1.5, 0.7):
+        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude"):
+            getattr(layer, part)["default"].data.mul_(factor)
+        with DoraCaching():
+            assert_right(layer)
 
 
 def test_what_is_kept_in_inference_mode_can_be_trained_with_afterwards():
@@ -230,17 +292,9 @@ def test_weights_made_in_inference_mode_are_never_relied_on():
         assert relative_error(layer(X), expected) < 1e-5
 
 
-def test_it_costs_two_numbers_per_row_and_one_per_rank():
-    layer = warm_layer()
-    scaled_E, scale = layer._eval_memo._value
-    assert [tensor.numel() for tensor in (scale, layer._base_norm_memo._value, scaled_E)] == [16, 16, 4]
-
-
 def test_copies_pickles_and_state_dicts_do_not_see_it():
     layer, cold = warm_layer(), make_layer(16, 20, 4).eval()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin._eval_memo._value is None
-        assert twin._base_norm_memo._value is None
         assert_right(twin)
     assert layer.state_dict().keys() == cold.state_dict().keys()
     sizes = []

@@ -48,6 +48,7 @@ from transformers import (
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.adalora.callback import magnitude_drift
 
 
 ADAPTER = "default"
@@ -387,7 +388,7 @@ def kept_rank(layer: AdaLoraLayer) -> int:
 
 def magnitude_change(layer: AdaLoraLayer) -> float:
     """Mean of |m - m0| / m0 in percent, where m0 is the row norm of the frozen weight, at which m starts."""
-    return 100 * layer.magnitude_drift(ADAPTER).mean().item()
+    return 100 * magnitude_drift(layer, ADAPTER).mean().item()
 
 
 def layer_table(values: dict[str, float], number_format: str, total: str, combine: Callable[[list], float]) -> str:

@@ -12,13 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""PEFT's AdaLoRA with AdaDoRA."""
+
 from typing import Any
 
 from . import stock___init__ as stock
+from .layer import AdaLoraLayer
+from .quantized import resolve_backend
 from .stock___init__ import *
 
 
 __all__ = stock.__all__
+
+# quantized weights are read a block of rows at a time
+AdaLoraLayer.resolve_backend = staticmethod(resolve_backend)
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The arithmetic of AdaDoRA, in functions of tensors that know nothing of PEFT.
+"""The arithmetic of AdaDoRA, in differentiable functions of tensors that know nothing of PEFT.
 
 AdaDoRA adapts a frozen weight W with an update whose rank can be pruned (AdaLoRA,
 https://openreview.net/forum?id=lq62uWRJjiY) and one learned length per output row (DoRA,
@@ -24,20 +24,17 @@ n  = ‖W + ΔW‖, row by row   (out, 1), outside of the gradient graph
 h  = (m / n) ⊙ (W x + ΔW x) + bias            m (out, 1)
 ```
 
-Nothing here builds an (out, in) matrix but `merge_rows`, and that one goes block by block. Norms are float32 whatever
-the dtype of the weight (float64 for a float64 weight).
+Nothing here keeps anything, or writes to a tensor that it was given. Nothing builds an (out, in) matrix but
+`merged_rows`, and that one goes block by block. Norms are float32 whatever the dtype of the weight (float64 for a
+float64 weight).
 """
 
-import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from math import prod
-from typing import Any, Optional, Protocol
+from typing import Optional, Protocol
 
 import torch
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 # At most this many elements of a weight are copied to another dtype at a time.
@@ -48,58 +45,6 @@ PRODUCT_COLUMNS = 16
 
 # A squared row norm below this has lost its precision to underflow: the row counts as zero.
 ZERO_ROW = 1e-30
-
-
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
-
-
-class Memo:
-    """
-    What was computed from some tensors, kept until one of them is another object, has another storage, was written in
-    place, or may have been by an optimizer (fused ones write without the tensor counting it).
-
-    A write through `.data` shows in none of these, so whoever makes one has to call `clear`. Tensors that do not count
-    their in-place writes (those made in inference mode, or that wrap others, such as DTensor) are never relied on.
-    Copying and pickling give an empty memo.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self._key: Hashable = None
-        self._references: list[weakref.ref] = []
-        self._value: Any = None
-
-    def get(self, compute: Callable[[], Any], tensors: tuple[torch.Tensor, ...], *others: Hashable) -> Any:
-        """The value of `compute()`, which depends on nothing but `tensors` and `others`."""
-        steps = _optimizer_steps if any(tensor.requires_grad for tensor in tensors) else None
-        try:
-            key = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors], others, steps
-        except RuntimeError:  # made in inference mode, or without storage
-            return compute()
-        # the id of a tensor can be that of another one that is gone
-        if key != self._key or any(reference() is None for reference in self._references):
-            if any(type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for tensor in tensors):
-                return compute()
-            self._value = compute()
-            self._key = key
-            self._references = [weakref.ref(tensor) for tensor in tensors]
-        return self._value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Memo":
-        return Memo()
-
-    def __reduce__(self) -> tuple:
-        return Memo, ()
 
 
 class Rows(Protocol):
@@ -134,29 +79,19 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def _is_tensor_of(weight: torch.Tensor | Rows, dtype: torch.dtype) -> bool:
-    """Whether the weight can be used as it is, all at once."""
-    return isinstance(weight, torch.Tensor) and weight.dtype == dtype
-
-
-@torch.no_grad()
-def squared_row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
-    """Squared L2 norm of each row.
-
-    Args:
-        weight (`torch.Tensor` or [`Rows`]): Weight W of shape (out, in), of any floating point dtype.
-
-    Returns:
-        `torch.Tensor`: ‖W‖² of shape (out, 1), float32 (float64 for a float64 weight).
-    """
+def by_blocks(function: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor | Rows) -> torch.Tensor:
+    """`function` of the weight in its norm's dtype; of a block of rows at a time where they have to be converted."""
     dtype = norm_dtype(weight.dtype)
-    if _is_tensor_of(weight, dtype):
-        return torch.linalg.vector_norm(weight, dim=1, keepdim=True).square()
-    norms = [torch.linalg.vector_norm(weight[rows].to(dtype), dim=1, keepdim=True) for rows in row_blocks(weight)]
-    return torch.cat(norms).square()
+    if isinstance(weight, torch.Tensor) and weight.dtype == dtype:
+        return function(weight)
+    return torch.cat([function(weight[rows].to(dtype)) for rows in row_blocks(weight)])
 
 
-@torch.no_grad()
+def squared_row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
+    """‖W‖² of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
+    return by_blocks(lambda rows: torch.linalg.vector_norm(rows, dim=1, keepdim=True), weight).square()
+
+
 def squared_adapted_row_norm(
     weight: torch.Tensor | Rows,
     lora_A: torch.Tensor,
@@ -164,7 +99,7 @@ def squared_adapted_row_norm(
     lora_B: torch.Tensor,
     squared_base_norm: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Squared L2 norm of each row of W + ΔW from the factors of ΔW, without making it.
+    """n² = ‖W + ΔW‖² of each row, (out, 1), from the factors of ΔW, without making it.
 
     Expanding the square leaves products that are at most (out, r) large (https://huggingface.co/papers/2603.22276 does
     the same for DoRA):
@@ -173,217 +108,76 @@ def squared_adapted_row_norm(
     n² = ‖W‖² + rowsum((2 W Rᵀ + B R Rᵀ) ⊙ B),    R = c · E ⊙ A
     ```
 
-    Rounding can push the sum below zero where W + ΔW nearly cancels, so it is clamped. The result is outside of the
-    gradient graph, following section 4.3 of the DoRA paper.
+    Rounding can push the sum below zero where W + ΔW nearly cancels, so it is clamped. The result is a constant for
+    every kind of derivative, following section 4.3 of the DoRA paper.
 
     Args:
-        weight (`torch.Tensor` or [`Rows`]): Weight W of shape (out, in).
-        lora_A (`torch.Tensor`): Right singular vectors A of shape (r, in).
-        scaled_E (`torch.Tensor`): Singular values times scaling, c · E of shape (r, 1).
-        lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
-        squared_base_norm (`torch.Tensor`, *optional*): ‖W‖² of shape (out, 1), computed if it is not given.
-
-    Returns:
-        `torch.Tensor`: n² of shape (out, 1), float32 (float64 for a float64 weight).
+        weight (`torch.Tensor` or [`Rows`]): W (out, in), detached.
+        lora_A, scaled_E, lora_B (`torch.Tensor`): A (r, in), c · E (r, 1) and B (out, r).
+        squared_base_norm (`torch.Tensor`, *optional*): ‖W‖² (out, 1), computed if it is not given.
     """
     dtype = norm_dtype(weight.dtype)
-    with full_precision(weight.device):
-        right = lora_A.to(dtype) * scaled_E.to(dtype)
-        left = lora_B.to(dtype)
-        rank = len(right)
-        padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
-        if _is_tensor_of(weight, dtype):
-            cross = (weight @ padded.T)[:, :rank]
-        else:
-            cross = torch.cat([weight[rows].to(dtype) @ padded.T for rows in row_blocks(weight)])[:, :rank]
-        update = torch.addmm(cross, left, right @ right.T, beta=2).mul_(left).sum(dim=1, keepdim=True)
     if squared_base_norm is None:
         squared_base_norm = squared_row_norm(weight)
-    return (squared_base_norm + update).clamp_min_(0)
+    with full_precision(weight.device):
+        # `no_grad` would stop neither forward-mode derivatives nor those of torch.func, `detach` stops all
+        right = lora_A.detach().to(dtype) * scaled_E.detach().to(dtype)
+        left = lora_B.detach().to(dtype)
+        rank = len(right)
+        padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
+        cross = by_blocks(lambda rows: rows @ padded.T, weight)[:, :rank]
+        update = (torch.addmm(cross, left, right @ right.T, beta=2) * left).sum(dim=1, keepdim=True)
+    return (squared_base_norm + update).clamp_min(0)
 
 
 def magnitude_scale(magnitude: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
-    """The factor m / n of each output row, differentiable in m.
+    """The factor m / n of each output row, (out, 1), in the dtype of n² (out, 1) and differentiable in m (out, 1).
 
     A row whose norm is zero has no direction to scale. Its factor is 1, so that its output is the base model's, and
     its magnitude gets a gradient of zero.
-
-    Args:
-        magnitude (`torch.Tensor`): m of shape (out, 1).
-        squared_norm (`torch.Tensor`): n² of shape (out, 1).
-
-    Returns:
-        `torch.Tensor`: m / n of shape (out, 1), in the dtype of `squared_norm`.
     """
     is_zero = squared_norm <= ZERO_ROW
     norm = squared_norm.masked_fill(is_zero, 1).sqrt()
     return (magnitude.to(norm.dtype) / norm).masked_fill(is_zero, 1)
 
 
-def add_update_and_scale(
-    output: torch.Tensor,
-    projected: torch.Tensor,
-    lora_B: torch.Tensor,
-    magnitude: torch.Tensor,
-    squared_norm: torch.Tensor,
-    bias: Optional[torch.Tensor],
-) -> torch.Tensor:
-    """Add the update to the output of the base layer, and scale the sum but not its bias: the layer's output h.
+def scale_output(output: torch.Tensor, scale: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """(m / n) ⊙ W x + b of a layer whose `output` is W x + b; `scale` m / n and the bias broadcast with the output.
 
-    Differentiable in all arguments but `squared_norm`. `output` is overwritten, unless this is compiled.
-
-    Args:
-        output (`torch.Tensor`): W x + bias of shape (..., out).
-        projected (`torch.Tensor`): (c · E ⊙ A) dropout(x) of shape (..., r).
-        lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
-        magnitude (`torch.Tensor`): m of shape (out, 1).
-        squared_norm (`torch.Tensor`): n² of shape (out, 1), float32 or float64.
-        bias (`torch.Tensor`, *optional*): Bias of shape (out,).
-
-    Returns:
-        `torch.Tensor`: h of shape (..., out), in the dtype of `output`.
+    The factor stays in float32 whatever the dtype of the output, and so does the result: a learned factor is close to
+    1, where bfloat16 has steps of 0.4 %.
     """
-    if torch.compiler.is_compiling():
-        update = projected @ lora_B.to(projected.dtype).T
-        return scale_output(output + update, magnitude_scale(magnitude, squared_norm), bias).to(output.dtype)
-    return _AddUpdateAndScale.apply(output, projected, lora_B, magnitude, squared_norm, bias)
-
-
-def add_update_and_scale_(
-    output: torch.Tensor,
-    projected: torch.Tensor,
-    lora_B: torch.Tensor,
-    scale: torch.Tensor,
-    bias: Optional[torch.Tensor],
-) -> torch.Tensor:
-    """
-    [`add_update_and_scale`] in place, for tensors that need no gradients, given the factor m / n of shape (out, 1).
-    """
-    sum_ = _add_update_(output, projected, lora_B)
-    scaled = scale_output(sum_, scale, bias, out=sum_)
-    return scaled if sum_.dtype == output.dtype else output.copy_(scaled)
-
-
-def _add_update_(output: torch.Tensor, projected: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
-    """W x + bias + ΔW x, in `output` itself unless the update has a higher precision than that."""
-    if output.dtype != projected.dtype:
-        dtype = torch.promote_types(output.dtype, projected.dtype)
-        output, projected = output.to(dtype), projected.to(dtype)
-    output = output.contiguous()
-    matrix = _as_matrix(output)
-    matrix.addmm_(_as_matrix(projected), lora_B.to(projected.dtype).T)
-    return output
-
-
-def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """All leading dimensions as one."""
-    return tensor if tensor.ndim == 2 else tensor.reshape(prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
-def scale_output(
-    output: torch.Tensor, scale: torch.Tensor, bias: Optional[torch.Tensor], out: Optional[torch.Tensor] = None
-) -> torch.Tensor:
-    """Multiply each output feature with its factor, but not the bias that the output already holds.
-
-    The factor stays in float32 whatever the dtype of the output: a learned one is close to 1, where bfloat16 has steps
-    of 0.4 %.
-
-    Args:
-        output (`torch.Tensor`): (W + ΔW) x + bias of shape (..., out).
-        scale (`torch.Tensor`): m / n of shape (out, 1), float32 or float64.
-        bias (`torch.Tensor`, *optional*): Bias of shape (out,).
-        out (`torch.Tensor`, *optional*): Where to write the result.
-
-    Returns:
-        `torch.Tensor`: h of shape (..., out), in the dtype of `out`, or the higher one of `output` and `scale`.
-    """
-    scale = scale.view(-1)
     if bias is None:
-        return torch.mul(output, scale, out=out)
+        return output * scale
     if output.dtype == scale.dtype == bias.dtype:
-        return torch.lerp(bias, output, scale, out=out)
-    return torch.addcmul(bias - scale * bias, output, scale, out=out)
+        return torch.lerp(bias, output, scale)
+    return torch.addcmul(bias - scale * bias, output, scale)
 
 
-class _AddUpdateAndScale(torch.autograd.Function):
-    """
-    Keeps z = W x + bias + ΔW x for the backward pass. To keep h instead, which the next layer often keeps anyway,
-    would save memory, but h belongs to the model, and models write to it in place.
-
-    ```
-    dz = s ⊙ dh,  dm = Σ dh ⊙ (z − bias) / n,  dP = dh (s ⊙ B),  dB = s ⊙ (dhᵀ P)    with s = m / n
-    ```
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        output: torch.Tensor,
-        projected: torch.Tensor,
-        lora_B: torch.Tensor,
-        magnitude: torch.Tensor,
-        squared_norm: torch.Tensor,
-        bias: Optional[torch.Tensor],
-    ) -> torch.Tensor:
-        scale = magnitude_scale(magnitude, squared_norm)
-        # detached, but with the version counter of `output`: should somebody need its old value, autograd says so
-        unscaled = _add_update_(output.detach(), projected, lora_B)
-        ctx.save_for_backward(unscaled.to(output.dtype), projected, lora_B, scale, squared_norm, bias)
-        ctx.magnitude_dtype = magnitude.dtype
-        return scale_output(unscaled, scale, bias).to(output.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[Optional[torch.Tensor], ...]:
-        unscaled, projected, lora_B, scale, squared_norm, bias = ctx.saved_tensors
-        d_output = d_projected = d_B = d_magnitude = d_bias = None
-
-        # one buffer of the size of the output, for dm first and then for dz
-        buffer = grad * unscaled if bias is None else torch.sub(unscaled, bias.to(unscaled.dtype)).mul_(grad)
-        if ctx.needs_input_grad[3]:
-            dot = buffer.sum(tuple(range(grad.ndim - 1)), dtype=scale.dtype)
-            # where the norm counts as zero, the scale is 1 whatever the magnitude is
-            d_magnitude = (dot.unsqueeze(1) * squared_norm.rsqrt()).masked_fill(squared_norm <= ZERO_ROW, 0)
-            d_magnitude = d_magnitude.to(ctx.magnitude_dtype)
-        if ctx.needs_input_grad[0]:
-            d_output = torch.mul(grad, scale.view(-1), out=buffer)
-        dtype = torch.promote_types(grad.dtype, projected.dtype)
-        grad_matrix = _as_matrix(grad).to(dtype)
-        if ctx.needs_input_grad[1]:
-            d_projected = (grad_matrix @ (scale * lora_B).to(dtype)).view(projected.shape).to(projected.dtype)
-        if ctx.needs_input_grad[2]:
-            d_B = (scale * (grad_matrix.T @ _as_matrix(projected).to(dtype))).to(lora_B.dtype)
-        if ctx.needs_input_grad[5]:
-            # the rest of it, s ⊙ Σ dh, arrives through the output of the base layer
-            d_bias = ((1 - scale.view(-1)) * _as_matrix(grad).sum(0, dtype=scale.dtype)).to(bias.dtype)
-        return d_output, d_projected, d_B, d_magnitude, None, d_bias
+def add_product(output: torch.Tensor, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Add `projected` (..., r) times `matrix` (out, r), transposed, to `output` (..., out), in its own dtype."""
+    if output.ndim < 2 or not output.dtype == projected.dtype == matrix.dtype:
+        return output + projected @ matrix.to(projected.dtype).T
+    return torch.addmm(output.flatten(0, -2), projected.flatten(0, -2), matrix.T).view(output.shape)
 
 
 @torch.no_grad()
-def merge_rows(
+def merged_rows(
     weight: torch.Tensor | Rows,
     lora_A: torch.Tensor,
     scaled_E: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The merged weight (m / n) ⊙ (W + ΔW), a block of rows at a time.
+    """The merged weight (m / n) ⊙ (W + ΔW), a block of rows at a time: which rows, and their values.
 
-    Args:
-        weight (`torch.Tensor` or [`Rows`]): Weight W of shape (out, in).
-        lora_A (`torch.Tensor`): Right singular vectors A of shape (r, in).
-        scaled_E (`torch.Tensor`): Singular values times scaling, c · E of shape (r, 1).
-        lora_B (`torch.Tensor`): Left singular vectors B of shape (out, r).
-        magnitude (`torch.Tensor`): m of shape (out, 1).
-
-    Yields:
-        `tuple[slice, torch.Tensor]`: Which rows, and their merged values, computed in float32 and rounded once to the
-        dtype of the weight.
+    They are computed in float32 from W (out, in), A (r, in), c · E (r, 1), B (out, r) and m (out, 1), and rounded once
+    to the dtype of W.
     """
     dtype = norm_dtype(weight.dtype)
-    with full_precision(weight.device):
-        right = lora_A.to(dtype) * scaled_E.to(dtype)
-        for rows in row_blocks(weight):
+    right = lora_A.to(dtype) * scaled_E.to(dtype)
+    for rows in row_blocks(weight):
+        with full_precision(weight.device):
             adapted = weight[rows].to(dtype) + lora_B[rows].to(dtype) @ right
-            scale = magnitude_scale(magnitude[rows], squared_row_norm(adapted))
-            yield rows, (adapted * scale).to(weight.dtype)
+        scale = magnitude_scale(magnitude[rows], squared_row_norm(adapted))
+        yield rows, (adapted * scale).to(weight.dtype)

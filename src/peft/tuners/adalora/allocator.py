@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from collections.abc import Hashable, Iterator
+"""AdaLoRA's rank allocator by exact names, with all scores of a step at once, and a state that can be saved."""
+
+import warnings
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -20,16 +23,54 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from . import stock_layer as stock
+from .names import adapted_layers, layer_of_E
 from .sharding import copy_whole_, has_master_copy, is_sharded, whole, whole_shape
 
 
-class RankAllocatorMixin:
-    """
-    What AdaDoRA changes in AdaLoRA's rank allocator: magnitudes take no part, all scores are updated at once,
-    parameters may be sharded, and the state can be saved.
+# so many forward passes in training without an allocation are no accident
+FORWARDS_UNTIL_WARNING = 200
 
-    Where the parameters are sharded (DTensor), the importance is that of the whole ones, the same on every process.
+FACTORS = ("lora_A", "lora_E", "lora_B")
+
+
+class RankAllocator(stock.RankAllocator):
     """
+    PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes.
+
+    Scores and ranks are PEFT's, bit for bit. The adapter is told by its exact name. Where the parameters are sharded
+    (DTensor), the importance is that of the whole ones, the same on every process.
+    """
+
+    def reset_ipt(self) -> None:
+        super().reset_ipt()
+        self._flat_scores = {}
+
+    def count_forward(self) -> None:
+        """Count a forward pass in training, and warn once if there are many without an allocation."""
+        if torch.compiler.is_compiling() or self.exp_avg_ipt or self.peft_config.rank_pattern:
+            return
+        self._forwards = getattr(self, "_forwards", 0) + 1
+        if self._forwards == FORWARDS_UNTIL_WARNING:
+            warnings.warn(
+                "AdaLoRA has trained for a while without an allocation, so no rank will be pruned; pass "
+                "`AdaLoraCallback()` to the Trainer, or call `model.base_model.update_and_allocate(step)` after each "
+                "optimizer step."
+            )
+
+    def _factors(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """A, E and B of each layer, by their names in the model."""
+        return {
+            f"{name}.{part}.{self.adapter_name}": getattr(layer, part)[self.adapter_name]
+            for name, layer in adapted_layers(model, self.adapter_name).items()
+            for part in FACTORS
+        }
+
+    def _set_budget_scheduler(self, model: nn.Module) -> None:
+        layers = adapted_layers(model, self.adapter_name)
+        self.name_set = sorted(f"{name}.%s.{self.adapter_name}" for name in layers)
+        self.init_bgt = sum(whole_shape(layer.lora_A[self.adapter_name])[0] for layer in layers.values())
+        self.target_bgt = self.peft_config.target_r * len(layers)
 
     @torch.no_grad()
     def update_ipt(self, model: nn.Module) -> None:
@@ -37,19 +78,31 @@ class RankAllocatorMixin:
         Update the sensitivity and the uncertainty of every entry of A, E and B. The scores are PEFT's, bit for bit,
         but all parameters of a device and dtype are updated at once. A parameter without a gradient counts as one of
         gradient zero.
+
+        Raises:
+            `ValueError`: If no parameter has a gradient; nothing has changed then.
         """
         groups = {}
-        for name, param in model.named_parameters():
-            if "lora_" in name and self.adapter_name in name and "lora_magnitude" not in name:
-                groups.setdefault((param.device, param.dtype, is_sharded(param)), {})[name] = param
+        params = self._factors(model)
+        gradients = {name: self._gradient(name, param) for name, param in params.items()}
+        if all(gradient is None for gradient in gradients.values()):
+            raise ValueError(
+                f"No factor of the adapter {self.adapter_name!r} has a gradient, so its ranks cannot be compared; "
+                "call `update_and_allocate(step)` after `optimizer.step()` and before `optimizer.zero_grad()`."
+            )
+        self.__dict__.get("_captured", {}).clear()
+        for name, param in params.items():
+            groups.setdefault((param.device, param.dtype, is_sharded(param)), {})[name] = param
         for group, params in groups.items():
             ipt, exp_avg_ipt, exp_avg_unc = self._scores_of(group, params)
+            missing = {name: torch.zeros_like(param) for name, param in params.items() if gradients[name] is None}
+            gradients.update(missing)
             if group[-1]:
-                products = [param * self._gradient(name, param) for name, param in params.items()]
+                products = [param * gradients[name] for name, param in params.items()]
                 torch.cat([product.full_tensor().reshape(-1) for product in products], out=ipt).abs_()
                 change = torch.empty_like(ipt)
             else:
-                change = torch.cat([self._gradient(name, param).reshape(-1) for name, param in params.items()])
+                change = torch.cat([gradients[name].reshape(-1) for name in params])
                 torch.cat([whole(param).reshape(-1) for param in params.values()], out=ipt).mul_(change).abs_()
             # each product and each sum is rounded by itself, as in PEFT: `add` with `alpha` would fuse the two
             torch.mul(ipt, 1 - self.beta1, out=change)
@@ -74,11 +127,11 @@ class RankAllocatorMixin:
             self._flat_scores[group] = flat_scores, views
         return flat_scores
 
-    def _gradient(self, name: str, param: nn.Parameter) -> torch.Tensor:
+    def _gradient(self, name: str, param: nn.Parameter) -> torch.Tensor | None:
         captured = self.__dict__.get("_captured", {})
         if name in captured:
             # of this process, as backward passes leave it
-            gradient = captured.pop(name)
+            gradient = captured[name]
             if dist.is_initialized():
                 dist.all_reduce(gradient)
                 gradient /= dist.get_world_size()
@@ -88,7 +141,7 @@ class RankAllocatorMixin:
                 "DeepSpeed clears gradients before the rank allocator can see them; pass `AdaLoraCallback()` to the "
                 "Trainer, or call `rankallocator.capture_gradients(model)` before training."
             )
-        return torch.zeros_like(param) if param.grad is None else param.grad
+        return param.grad
 
     def capture_gradients(self, model: nn.Module) -> None:
         """
@@ -98,8 +151,8 @@ class RankAllocatorMixin:
         for handle in self.__dict__.get("_handles", ()):
             handle.remove()
         self._captured, self._handles = {}, []
-        for name, param in model.named_parameters():
-            if "lora_" in name and self.adapter_name in name and param.requires_grad:
+        for name, param in self._factors(model).items():
+            if param.requires_grad:
                 self._handles.append(param.register_hook(partial(self._add_gradient, name)))
 
     def _add_gradient(self, name: str, gradient: torch.Tensor) -> None:
@@ -108,27 +161,43 @@ class RankAllocatorMixin:
         else:
             self._captured[name] = gradient.detach().clone()
 
-    def mask_sharded_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
-        """`mask_to_budget` for a model whose parameters may be sharded."""
-        rank_pattern = self.mask_to_budget(_WholeParameters(model), budget)
-        self.mask_sharded_using_rank_pattern(model, rank_pattern)
+    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        """
+        Set the singular values of the least important triplets to zero.
+
+        Args:
+            model (`nn.Module`): The model whose adapter it is.
+            budget (`int`): How many triplets are kept in all layers together.
+
+        Returns:
+            `dict[str, list[bool]]`: Which triplets are kept, by the name of each `lora_E` in the model.
+        """
+        scores = {}
+        for name in self.name_set:
+            lora_A, lora_E, lora_B = (self._element_score(name % part) for part in FACTORS)
+            scores[name % "lora_E"] = lora_E.view(-1) + (lora_A.mean(dim=1) + lora_B.mean(dim=0))
+        pruned = self.init_bgt - budget
+        threshold = torch.cat(list(scores.values())).kthvalue(pruned)[0].item() if pruned else -torch.inf
+        rank_pattern = {name: (~(score <= threshold)).tolist() for name, score in scores.items()}
+        self.mask_using_rank_pattern(model, rank_pattern)
         return rank_pattern
 
     @torch.no_grad()
-    def mask_sharded_using_rank_pattern(
-        self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]
-    ) -> None:
-        """`mask_using_rank_pattern` for a model whose parameters may be sharded."""
-        params = dict(model.named_parameters())
-        for name, kept in self._full_names(rank_pattern).items():
-            values = whole(params[name])
-            pruned = ~torch.as_tensor(kept, device=values.device).view(-1, 1)
-            copy_whole_(params[name], values.masked_fill(pruned, 0.0))
+    def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:
+        """Set the singular values that a rank pattern, with or without the adapter's name, prunes to zero."""
+        layers = adapted_layers(model, self.adapter_name)
+        for key, kept in rank_pattern.items():
+            lora_E = layers[layer_of_E(key, self.adapter_name)].lora_E[self.adapter_name]
+            pruned = ~torch.as_tensor(kept, device=lora_E.device).bool().view(-1, 1)
+            if is_sharded(lora_E) or has_master_copy(lora_E):
+                copy_whole_(lora_E, whole(lora_E).masked_fill(pruned, 0.0))
+            else:
+                lora_E.masked_fill_(pruned, 0.0)
 
     def _full_names(self, rank_pattern: dict[str, Any]) -> dict[str, Any]:
         """The rank pattern by the names of `lora_E` in the model; saving an adapter drops its name from them."""
-        suffix = f".{self.adapter_name}"
-        return {name if name.endswith(suffix) else name + suffix: mask for name, mask in rank_pattern.items()}
+        adapter_name = self.adapter_name
+        return {f"{layer_of_E(key, adapter_name)}.lora_E.{adapter_name}": kept for key, kept in rank_pattern.items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
@@ -172,16 +241,3 @@ class RankAllocatorMixin:
         self.exp_avg_unc.update({name: score.clone() for name, score in parts["exp_avg_unc"].items()})
         masks = {name: mask.tolist() for name, mask in parts["rank_pattern"].items()}
         self.peft_config.rank_pattern = masks or None
-
-
-class _WholeParameters:
-    """Stands in for a model with sharded parameters: holds copies of the whole ones, all that allocation needs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._params = {name: whole(param).clone() for name, param in model.named_parameters() if ".lora_" in name}
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self._params.items())
-
-    def parameters(self) -> Iterator[torch.Tensor]:
-        return iter(self._params.values())

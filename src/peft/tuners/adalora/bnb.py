@@ -12,19 +12,40 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""PEFT's AdaLoRA layers for weights that bitsandbytes has quantized, which can also have AdaDoRA adapters."""
+
+from typing import Any
+
+import torch
+
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
 from . import stock_bnb as stock
-from .adadora_layer import AdaDoraMixin
+from .layer import AdaLoraLayer
 
 
+# PEFT's classes derive from ours, AdaLoraLayer, but have a forward pass of their own, and nn.Module in front of it
 if is_bnb_available():
 
-    class SVDLinear8bitLt(AdaDoraMixin, stock.SVDLinear8bitLt):
+    class SVDLinear8bitLt(stock.SVDLinear8bitLt):
         """PEFT's 8-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
+
+        _apply, train = AdaLoraLayer._apply, AdaLoraLayer.train
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            adapter_name = self.variant_adapter()
+            return super().forward(x) if adapter_name is None else self.forward_variant(adapter_name, x)
 
 
 if is_bnb_4bit_available():
 
-    class SVDLinear4bit(AdaDoraMixin, stock.SVDLinear4bit):
+    class SVDLinear4bit(stock.SVDLinear4bit):
         """PEFT's 4-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
+
+        _apply, train = AdaLoraLayer._apply, AdaLoraLayer.train
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            adapter_name = self.variant_adapter()
+            if adapter_name is None:
+                return super().forward(x, *args, **kwargs)
+            return self.forward_variant(adapter_name, x, *args, **kwargs)

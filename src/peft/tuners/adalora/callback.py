@@ -15,8 +15,8 @@
 """AdaLoRA and AdaDoRA in the `Trainer` of transformers: allocation, logs, and checkpoints that resume exactly."""
 
 import dataclasses
+import hashlib
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,11 +30,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from .adadora_layer import AdaDoraMixin
-from .checkpoint import checksum
+from .allocator import FACTORS, RankAllocator
+from .base_weight import base_row_norm
 from .config import AdaLoraConfig
-from .layer import AdaLoraLayer, RankAllocator
+from .layer import AdaLoraLayer
 from .model import AdaLoraModel
+from .names import adapted_layers, key_of_E
 from .sharding import copy_whole_, whole, whole_shape
 
 
@@ -90,9 +91,9 @@ class AdaLoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         for tuner in _modules(model, AdaLoraModel):
-            tuner.keep_shapes_on_load = True
-        for layer in _modules(model, AdaDoraMixin):
-            layer.upcast_quantized_magnitudes()
+            tuner.fit_loaded_weights = _fill_up_ranks
+        for layer in _modules(model, AdaLoraLayer):
+            _upcast_quantized_magnitudes(layer)
         with args.main_process_first(local=False, desc="looking for unfinished checkpoints"):
             if args.process_index == 0:
                 _set_aside_unfinished_checkpoints(args.output_dir)
@@ -103,7 +104,11 @@ class AdaLoraCallback(TrainerCallback):
         self._tuner = _tuner_of(model)
         self._saved_step = None
         _check_ranks(self._tuner)
-        if any(".ranknum." in name for name in _adapter_params(self._tuner)):
+        adapter_name = self._tuner.trainable_adapter_name
+        if any(
+            layer.ranknum[adapter_name].requires_grad
+            for layer in adapted_layers(self._tuner.model, adapter_name).values()
+        ):
             warnings.warn(
                 "Over bfloat16 and float16 weights PEFT trains `ranknum`, the number that AdaLoRA's update is divided "
                 "by, and does not save it, so the saved adapter will predict otherwise than the trained one; call "
@@ -200,7 +205,7 @@ def _modules(model: nn.Module, kind: type[T]) -> Iterator[T]:
 def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
     for tuner in _modules(model, AdaLoraModel):
         if hasattr(tuner, "rankallocator"):
-            tuner.keep_shapes_on_load = True
+            tuner.fit_loaded_weights = _fill_up_ranks
             return tuner
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
@@ -210,14 +215,19 @@ def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
     raise ValueError("AdaLoraCallback needs a model with an AdaLoRA adapter to train, but this model has none.")
 
 
+def _layers(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, AdaLoraLayer]:
+    return adapted_layers(tuner.model, tuner.trainable_adapter_name)
+
+
 def _check_ranks(tuner: AdaLoraModel | _InjectedAdaLora) -> None:
     config = tuner.rankallocator.peft_config
-    for name, param in _adapter_params(tuner).items():
-        if ".lora_E." in name and whole_shape(param)[0] != config.init_r:
+    for name, layer in _layers(tuner).items():
+        rank = whole_shape(layer.lora_E[tuner.trainable_adapter_name])[0]
+        if rank != config.init_r:
             raise ValueError(
-                f"{name!r} has rank {whole_shape(param)[0]} instead of init_r={config.init_r}, because the adapter "
-                "was loaded pruned. What further training would save could not be loaded; resume from a checkpoint of "
-                "the Trainer, or merge the adapter and train a new one."
+                f"{name!r} has rank {rank} instead of init_r={config.init_r}, because the adapter was loaded pruned. "
+                "What further training would save could not be loaded; resume from a checkpoint of the Trainer, or "
+                "merge the adapter and train a new one."
             )
 
 
@@ -240,22 +250,25 @@ def _adapter_params(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, nn.Para
     A, E, B and m of each layer that the allocator looks after, by their names in the model, and the initial rank
     (`ranknum`) if it is trained, as PEFT 0.21 does with plain AdaLoRA over bfloat16 and float16 weights.
     """
-    parts = ("lora_A", "lora_E", "lora_B", "lora_magnitude", "ranknum")
-    names = {name % part for name in tuner.rankallocator.name_set for part in parts}
-    return {
-        name: param
-        for name, param in tuner.model.named_parameters()
-        if name in names and (".ranknum." not in name or param.requires_grad)
-    }
+    adapter_name = tuner.trainable_adapter_name
+    params = {}
+    for name, layer in _layers(tuner).items():
+        for part in (*FACTORS, "lora_magnitude", "ranknum"):
+            param = getattr(layer, part).get(adapter_name)
+            if param is not None and (part != "ranknum" or param.requires_grad):
+                params[f"{name}.{part}.{adapter_name}"] = param
+    return params
 
 
 def _rank_pattern(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.Tensor]:
-    """Which triplets are kept, bool of shape (r,), by the name of each E."""
-    state = tuner.rankallocator.state_dict()
+    """Which triplets are kept, bool of shape (r,), by the name of each layer."""
+    state, adapter_name = tuner.rankallocator.state_dict(), tuner.trainable_adapter_name
     return {
-        name: state.get(f"rank_pattern.{name}", torch.ones(whole_shape(param)[0], dtype=torch.bool))
-        for name, param in _adapter_params(tuner).items()
-        if ".lora_E." in name
+        name: state.get(
+            f"rank_pattern.{name}.lora_E.{adapter_name}",
+            torch.ones(whole_shape(layer.lora_E[adapter_name])[0], dtype=torch.bool),
+        )
+        for name, layer in _layers(tuner).items()
     }
 
 
@@ -266,9 +279,19 @@ def _training_state(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.T
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    result = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        result.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        result.update(value.reshape(-1).view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
 def _write(tensors: dict[str, torch.Tensor], folder: str) -> None:
     path = os.path.join(folder, STATE_FILE)
-    save_file(tensors, f"{path}.tmp", metadata={"format": "pt", "sha256": checksum(tensors)})
+    save_file(tensors, f"{path}.tmp", metadata={"format": "pt", "sha256": _checksum(tensors)})
     os.replace(f"{path}.tmp", path)
 
 
@@ -280,7 +303,7 @@ def _read(path: str) -> dict[str, torch.Tensor]:
             expected = (file.metadata() or {}).get("sha256")
     except SafetensorError as error:
         raise ValueError(f"{path} is broken ({error}); resume from another checkpoint.") from error
-    if checksum(tensors) != expected:
+    if _checksum(tensors) != expected:
         raise ValueError(f"{path} is broken (wrong checksum); resume from another checkpoint.")
     return tensors
 
@@ -302,22 +325,23 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
         raise ValueError(f"{path} does not fit the model, which has another adapter: {name!r} is only in one of them.")
 
     # the loaded weights are those that are kept, in front
-    for name, param in params.items():
-        if ".ranknum." in name:
-            continue  # only here
-        name_of_E = re.sub(r"lora_(A|B|magnitude)", "lora_E", name)
+    adapter_name = tuner.trainable_adapter_name
+    for layer_name in _layers(tuner):
+        name_of_E = f"{layer_name}.lora_E.{adapter_name}"
         kept = state.get(f"rank_pattern.{name_of_E}", torch.ones(len(saved[name_of_E]), dtype=torch.bool))
-        expected = saved[name]
-        loaded = whole(param).to(expected.device)
-        if ".lora_magnitude." not in name:
-            dim = 1 if ".lora_B." in name else 0
-            expected = expected.index_select(dim, kept.nonzero().view(-1))
-            loaded = loaded.narrow(dim, 0, min(expected.shape[dim], loaded.shape[dim]))
-        if saved[name].shape != whole_shape(param) or not torch.equal(expected, loaded):
-            raise ValueError(
-                f"{name!r} in {path} is not what has been loaded into the model; one of the files of the checkpoint "
-                "is broken, or from another run."
-            )
+        for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1), ("lora_magnitude", None)):
+            name = f"{layer_name}.{part}.{adapter_name}"
+            if name not in params:
+                continue
+            expected, loaded = saved[name], whole(params[name]).to(saved[name].device)
+            if dim is not None:
+                expected = expected.index_select(dim, kept.nonzero().view(-1))
+                loaded = loaded.narrow(dim, 0, min(expected.shape[dim], loaded.shape[dim]))
+            if saved[name].shape != whole_shape(params[name]) or not torch.equal(expected, loaded):
+                raise ValueError(
+                    f"{name!r} in {path} is not what has been loaded into the model; one of the files of the "
+                    "checkpoint is broken, or from another run."
+                )
     try:
         tuner.rankallocator.load_state_dict(state)
     except ValueError as error:
@@ -337,13 +361,65 @@ def _metrics(tuner: AdaLoraModel | _InjectedAdaLora, step: int) -> dict[str, flo
         "adalora_pruned": 1 - kept / allocator.init_bgt,
     }
     drifts = [
-        layer.magnitude_drift(allocator.adapter_name)
-        for layer in _modules(tuner.model, AdaLoraLayer)
+        magnitude_drift(layer, allocator.adapter_name)
+        for layer in _layers(tuner).values()
         if allocator.adapter_name in layer.lora_magnitude
     ]
     if drifts:
         metrics["adalora_magnitude_drift"] = torch.cat([drift.flatten().cpu() for drift in drifts]).mean().item()
     return metrics
+
+
+@torch.no_grad()
+def magnitude_drift(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:
+    """
+    By how much of its initial value each magnitude has changed, of shape (rows whose base weight is not zero,).
+    """
+    norm = base_row_norm(layer)
+    change = (whole(layer.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm
+    return change[norm > 0]
+
+
+@torch.no_grad()
+def _upcast_quantized_magnitudes(layer: AdaLoraLayer) -> None:
+    """
+    Give magnitudes of a quantized weight that were cast to a low precision float32 again.
+
+    TRL's trainers cast all of an adapter over quantized weights to bfloat16 but for magnitudes with LoRA's name for
+    them. There the steps of an optimizer are smaller than those from one number to the next, so that a magnitude stays
+    as it is (https://github.com/huggingface/trl/issues/7268).
+    """
+    for magnitude in layer.lora_magnitude.values() if layer.quantization_backend is not None else ():
+        if magnitude.dtype.itemsize < 4:
+            norm = base_row_norm(layer)
+            # of all that rounds to what is there, what it started as
+            is_rounded = norm.to(magnitude.dtype) == magnitude
+            magnitude.data = torch.where(is_rounded, norm, magnitude.float())
+
+
+def _fill_up_ranks(
+    weights: dict[str, torch.Tensor], layers: dict[str, AdaLoraLayer], config: AdaLoraConfig, adapter_name: str
+) -> dict[str, torch.Tensor]:
+    """
+    Give the loaded weights of a pruned adapter the shapes that it has in the model, because an optimizer may hold its
+    parameters: its triplets first, and behind them those of the model with a singular value of 0. The rank pattern in
+    `config` is set to match.
+    """
+    filled, rank_pattern = dict(weights), {}
+    for name, layer in layers.items():
+        rank = len(layer.lora_E[adapter_name])
+        kept = len(weights.get(f"{name}.lora_E.{adapter_name}", layer.lora_E[adapter_name]))
+        rank_pattern[key_of_E(name)] = [True] * kept + [False] * (rank - kept)
+        for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+            value = weights.get(f"{name}.{part}.{adapter_name}")
+            if value is None or value.shape[dim] >= rank:
+                continue
+            rest = getattr(layer, part)[adapter_name].detach().narrow(dim, kept, rank - kept).to(value)
+            rest = torch.zeros_like(rest) if part == "lora_E" else rest
+            filled[f"{name}.{part}.{adapter_name}"] = torch.cat([value, rest], dim)
+    is_pruned = not all(map(all, rank_pattern.values()))
+    config.rank_pattern = rank_pattern if is_pruned else None
+    return filled
 
 
 def _lock(folder: str) -> Optional[int]:

@@ -12,15 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from dataclasses import dataclass, field
-from typing import Optional
+"""PEFT's AdaLoRA configuration with AdaDoRA's flag."""
+
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Optional
 
 from . import stock_config as stock
-from .adadora_config import AdaDoraConfigMixin
 
 
 @dataclass
-class AdaLoraConfig(AdaDoraConfigMixin, stock.AdaLoraConfig):
+class AdaLoraConfig(stock.AdaLoraConfig):
     """
     PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. All arguments but the one below are those of the
     installed PEFT's `AdaLoraConfig`.
@@ -29,35 +30,29 @@ class AdaLoraConfig(AdaDoraConfigMixin, stock.AdaLoraConfig):
         use_dora_adaptive (`bool`):
             Use AdaDoRA: besides the prunable update, which decides the direction of each row of the adapted weight,
             learn the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353).
-            Pruning never touches the magnitudes. Supported for `nn.Linear`, `Conv1D` and `nn.Conv2d` layers, the 4-bit
-            and 8-bit linear layers of bitsandbytes, and weight-only 8-bit quantization of torchao. An AdaDoRA adapter
-            has to be the only active adapter, and once merged it cannot be unmerged. Defaults to `False`, which is
-            plain AdaLoRA.
-        weights_sha256 (`str`, *optional*):
-            Checksum of the saved weights of an AdaDoRA adapter, set when it is saved and checked before it is loaded
-            from a folder. Remove it from `adapter_config.json` to load weights that were edited.
+            Pruning never touches the magnitudes. Such an adapter has to be the only active one, and once merged it
+            cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
 
     Raises:
         `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.
     """
 
+    # with weights to come, which may be refused; no field, so that it is not saved
+    was_loaded = False
+
     use_dora_adaptive: bool = field(
         default=False,
         metadata={
-            "help": (
-                "Use AdaDoRA: learn the length of each row of the adapted weight (its magnitude, as in DoRA) besides "
-                "AdaLoRA's prunable update. Supported for nn.Linear, Conv1D and nn.Conv2d layers, the 4-bit and 8-bit "
-                "linear layers of bitsandbytes, and weight-only 8-bit quantization of torchao. An AdaDoRA adapter has "
-                "to be the only active adapter, and once merged it cannot be unmerged."
-            )
+            "help": "Use AdaDoRA: learn the length of each row of the adapted weight, as DoRA does, besides AdaLoRA's "
+            "prunable update. Such an adapter has to be the only active one, and cannot be unmerged once merged.",
+            "is_lora_variant": True,
         },
     )
 
-    weights_sha256: Optional[str] = field(
-        default=None, metadata={"help": "Checksum of the saved weights of an AdaDoRA adapter."}
-    )
+    # a checksum that adapters of the first release have; not looked at, and not saved again
+    weights_sha256: InitVar[Optional[str]] = None
 
-    def __post_init__(self):
+    def __post_init__(self, weights_sha256: Optional[str]):
         if self.use_dora_adaptive:
             self.use_dora = False  # see `to_dict`
         if self.use_dora:
@@ -65,3 +60,19 @@ class AdaLoraConfig(AdaDoraConfigMixin, stock.AdaLoraConfig):
                 "ADALORA does not support DoRA through `use_dora=True`; set `use_dora_adaptive=True` instead."
             )
         super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The configuration as a dictionary, as it is saved.
+
+        That of AdaDoRA says `use_dora`, too, so that a PEFT without AdaDoRA refuses to load the adapter, as do
+        programs that know no DoRA, instead of using it without its magnitudes.
+        """
+        return {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "AdaLoraConfig":
+        """PEFT's `from_pretrained`, as the functions that load an adapter call it."""
+        config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config.was_loaded = True
+        return config

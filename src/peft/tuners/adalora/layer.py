@@ -12,17 +12,31 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from typing import Optional
+"""PEFT's AdaLoRA layers with a place for magnitudes, and with AdaDoRA as their variant."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
+from peft.utils.quantization_utils import resolve_quantization_backend
+
 from . import stock_layer as stock
-from .adadora_layer import AdaDoraConv2dMixin, AdaDoraMixin
-from .allocator import RankAllocatorMixin
-from .base_weight import check_magnitude_support, checked_config
+from .adadora import norm_dtype
+from .allocator import RankAllocator
+from .base_weight import base_weight, check_overwrite, overwrite_base_weight
 from .config import AdaLoraConfig
-from .sharding import has_sharded_parameters
+from .targets import check_magnitude_support
+from .variants import AdaDoraConv2dVariant, AdaDoraLinearVariant
+
+
+# PEFT has the allocator in this module
+__all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
 
 
 class AdaLoraLayer(stock.AdaLoraLayer):
@@ -31,37 +45,190 @@ class AdaLoraLayer(stock.AdaLoraLayer):
     """
 
     adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
+    # how a quantized weight is read and written
+    resolve_backend = staticmethod(resolve_quantization_backend)
+    # see kept.py
+    _generation = _kept_norm = _kept_scales = None
+
+    @property
+    def use_dora_adaptive(self) -> bool:
+        """Whether an adapter of this layer is AdaDoRA; the keys of `lora_magnitude` say which."""
+        return len(self.lora_magnitude) > 0
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Optional[type]]:
+        return {(): None, ("use_dora_adaptive",): AdaDoraLinearVariant}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:
         if not hasattr(self, "lora_magnitude"):
             # the constructors of PEFT's layers call the __init__ of PEFT's AdaLoraLayer, but all of them come here
             self.lora_magnitude = nn.ParameterDict({})
+        variant = None
         if config.use_dora_adaptive:
-            check_magnitude_support(self.get_base_layer())
-        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+            backend = self.resolve_backend(self.get_base_layer())
+            check_magnitude_support(self.get_base_layer(), backend)
+            variant = self.resolve_lora_variant(config=config)
+            self.quantization_backend = self.quantization_backend or backend
+        with self.magnitude_aside(adapter_name) as learned:
+            super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        if variant is not None:
+            self.lora_variant[adapter_name] = variant
+            self.ranknum[adapter_name].requires_grad_(False)
+            if learned is None:
+                variant.init(self, adapter_name)
+
+    @contextmanager
+    def magnitude_aside(self, adapter_name: str) -> Iterator[Optional[nn.Parameter]]:
+        """
+        Keeps the magnitude of an adapter, if it has one, out of PEFT's hands, so that its values and dtype stay. What
+        is frozen of such an adapter stays so; PEFT makes parameters that are trained of all that it casts.
+        """
+        learned = self.lora_magnitude.pop(adapter_name) if adapter_name in self.lora_magnitude else None
+        parts = (self.lora_A, self.lora_E, self.lora_B, self.ranknum) if learned is not None else ()
+        frozen = [part for part in parts if not part[adapter_name].requires_grad]
+        try:
+            yield learned
+        finally:
+            for part in frozen:
+                part[adapter_name].requires_grad_(False)
+            if learned is not None:
+                learned.data = learned.data.to(self.lora_E[adapter_name].device)
+                self.lora_magnitude[adapter_name] = learned
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        with self.magnitude_aside(adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+
+    def reset_lora_parameters(self, adapter_name: str) -> None:
+        super().reset_lora_parameters(adapter_name)
+        if adapter_name in self.lora_magnitude:
+            self.lora_variant[adapter_name].init(self, adapter_name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self._check_only_adapter([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def _check_only_adapter(self, adapter_names: list[str]) -> None:
+        for name in adapter_names if len(adapter_names) > 1 else ():
+            if name in self.lora_magnitude:
+                raise NotImplementedError(
+                    f"The AdaDoRA adapter {name!r} cannot be used together with another one but got "
+                    f"{list(adapter_names)}; choose one of them."
+                )
+
+    def _only_adapter(self, adapter_names: list[str]) -> Optional[str]:
+        """The AdaDoRA adapter among those of this layer, if there is one; it has to be the only one."""
+        names = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A]
+        self._check_only_adapter(names)
+        return names[0] if names and names[0] in self.lora_magnitude else None
+
+    def update_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A, c · E and B of the update ΔW = B (c · E ⊙ A), c · E in float32 at least."""
+        ranknum = self.ranknum[adapter_name]
+        ranknum = ranknum.to(norm_dtype(ranknum.dtype))
+        scaled_E = self.lora_E[adapter_name] * (self.scaling[adapter_name] / (ranknum + 1e-5))
+        return self.lora_A[adapter_name], scaled_E, self.lora_B[adapter_name]
+
+    def _forget(self) -> None:
+        self._kept_norm = self._kept_scales = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies and pickles
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_kept_")}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "AdaLoraLayer":
+        self._forget()
+        return nn.Module._apply(self, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> "AdaLoraLayer":
+        self._kept_scales = None
+        return nn.Module.train(self, mode)
+
+    def adapter_to_merge(self, adapter_names: Optional[list[str]]) -> Optional[str]:
+        """
+        The AdaDoRA adapter that `merge` would merge, or `None`. Raises a `NotImplementedError` if it cannot be: with
+        another adapter, or into a weight of torchao of which the model does not say how it was quantized.
+        """
+        if isinstance(adapter_names, str):
+            return None
+        names = self.active_adapters if adapter_names is None else adapter_names
+        adapter_name = self._only_adapter([*self.merged_adapters, *names])
+        if adapter_name is None or adapter_name in self.merged_adapters:
+            return None
+        check_overwrite(self)
+        return adapter_name
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """
+        Merge the active adapters, or those named, into the base weight. AdaDoRA cannot be unmerged afterwards. Raises
+        as [`AdaLoraLayer.adapter_to_merge`], and a `ValueError` if `safe_merge=True` and the result is not finite.
+        """
+        adapter_name = self.adapter_to_merge(adapter_names)
+        self._forget()
+        if adapter_name is None:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.merge_variant(adapter_name, safe_merge)
+
+    def merge_variant(self, adapter_name: str, safe_merge: bool) -> None:
+        """Merge an AdaDoRA adapter, see `merge`."""
+        parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude)
+        with gather_params_ctx([self.get_base_layer().weight, *(part[adapter_name] for part in parts)]):
+            if safe_merge:
+                merged = self.checked_merged_weight(adapter_name)
+            else:
+                merged = base_weight(self)
+                self.lora_variant[adapter_name].merge_unsafe(self, adapter_name, merged)
+            overwrite_base_weight(self, merged)
+        self.merged_adapters.append(adapter_name)
+
+    def checked_merged_weight(self, adapter_name: str) -> torch.Tensor:
+        """The merged weight, dequantized and not yet stored. Raises a `ValueError` if it is not finite."""
+        merged = self.lora_variant[adapter_name].merge_safe(self, adapter_name, base_weight(self))
+        if not torch.isfinite(merged).all():
+            raise ValueError(
+                f"The merged weight of adapter {adapter_name!r} is not finite, so the adapter seems to be broken; "
+                "nothing was merged."
+            )
+        return merged
+
+    def unmerge(self) -> None:
+        """Unmerge all merged adapters. Raises a `NotImplementedError` if one of them is AdaDoRA."""
+        self.check_unmerge()
+        self._forget()
+        super().unmerge()
+
+    def check_unmerge(self) -> None:
+        """Raise a `NotImplementedError` if an AdaDoRA adapter is merged."""
+        for adapter_name in self.merged_adapters:
+            if adapter_name in self.lora_magnitude:
+                self.lora_variant[adapter_name].unmerge(self, adapter_name, self.get_base_layer().weight)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_name = self.variant_adapter()
+        if adapter_name is None:
+            return super().forward(x, *args, **kwargs)
+        return self.forward_variant(adapter_name, x, *args, **kwargs)
+
+    def variant_adapter(self) -> Optional[str]:
+        """The adapter that is merged, or active, if it is AdaDoRA."""
+        if self.disable_adapters:
+            self.check_unmerge()
+            return None
+        return self._only_adapter(self.merged_adapters or self.active_adapters)
+
+    def forward_variant(self, adapter_name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output of the layer with an AdaDoRA adapter."""
+        result = self.base_layer(x, *args, **kwargs)
+        return result if self.merged else self.lora_variant[adapter_name].forward(self, adapter_name, x, result)
 
 
-class SVDLinear(AdaDoraMixin, AdaLoraLayer, stock.SVDLinear):
+class SVDLinear(AdaLoraLayer, stock.SVDLinear):
     """
     PEFT's linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter.
 
-    Args:
-        base_layer (`nn.Module`):
-            The layer to adapt. Its weight W of shape (out, in) is frozen.
-        adapter_name (`str`):
-            The name of the adapter.
-        config ([`AdaLoraConfig`]):
-            The configuration of the adapter.
-        r (`int`):
-            The initial rank.
-        lora_alpha (`int`):
-            The numerator of the scaling of the update.
-        use_dora_adaptive (`bool`, *optional*):
-            Whether this is an AdaDoRA adapter. If `None`, the configuration says so.
-
-    Raises:
-        `NotImplementedError`: If it is an AdaDoRA adapter and the layer is not supported, see
-            [`check_magnitude_support`].
+    `use_dora_adaptive` (`bool`, *optional*) says whether it is; if `None`, the configuration does. The other arguments
+    are PEFT's. Raises a `NotImplementedError` as [`check_magnitude_support`].
     """
 
     def __init__(
@@ -74,30 +241,25 @@ class SVDLinear(AdaDoraMixin, AdaLoraLayer, stock.SVDLinear):
         use_dora_adaptive: Optional[bool] = None,
         **kwargs,
     ) -> None:
-        config = checked_config(config, base_layer, use_dora_adaptive)
+        if use_dora_adaptive is not None:
+            config = copy.copy(config)
+            config.use_dora_adaptive = use_dora_adaptive
+        if config.use_dora_adaptive:
+            innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+            backend = self.resolve_backend(innermost)
+            check_magnitude_support(innermost, backend, fan_in_fan_out=config.fan_in_fan_out)
         stock.SVDLinear.__init__(self, base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
 
 
-if hasattr(stock, "SVDConv2d"):  # not in PEFT 0.19
+class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):
+    """PEFT's convolution with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
-    class SVDConv2d(AdaDoraConv2dMixin, AdaLoraLayer, stock.SVDConv2d):
-        """PEFT's convolution with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Optional[type]]:
+        return {(): None, ("use_dora_adaptive",): AdaDoraConv2dVariant}
 
-
-class RankAllocator(RankAllocatorMixin, stock.RankAllocator):
-    """PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes."""
-
-    def reset_ipt(self) -> None:
-        super().reset_ipt()
-        self._flat_scores = {}
-
-    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
-        if has_sharded_parameters(model):
-            return self.mask_sharded_to_budget(model, budget)
-        return super().mask_to_budget(model, budget)
-
-    def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:
-        if has_sharded_parameters(model):
-            self.mask_sharded_using_rank_pattern(model, rank_pattern)
-        else:
-            super().mask_using_rank_pattern(model, rank_pattern)
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:
+        base_layer = self.get_base_layer()
+        # of which AdaLoRA takes the shape of A; it would not fit the weight of a layer with several groups
+        self.in_features = base_layer.in_channels // base_layer.groups
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)

@@ -1,0 +1,158 @@
+# Copyright 2026-present the HuggingFace Inc. team.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Quantized weights by blocks of rows, which PEFT's backends lack: they dequantize a weight all at once.
+
+[`resolve_backend`] gives PEFT's `QuantizationBackend` of a layer, with `get_base_rows` where the rows can be had one
+by one.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from peft.utils.integrations import get_bnb_param_type
+from peft.utils.quantization_utils import (
+    Bnb4bitBackend,
+    Bnb8bitBackend,
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    TorchaoBackend,
+    resolve_quantization_backend,
+)
+
+
+# of which rows can be taken and dequantized
+TORCHAO_WEIGHTS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+
+
+@dataclass
+class QuantizedRows:
+    """
+    A quantized weight, of which indexing with a slice dequantizes a block of rows.
+
+    Args:
+        shape (`torch.Size`): (out, in).
+        dtype (`torch.dtype`): That of the dequantized values.
+        device (`torch.device`): Where the weight is.
+        dequantize (`Callable`): Gives the rows from one index to another, of shape (rows, in).
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    dequantize: Callable[[int, int], torch.Tensor]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.dequantize(start, stop)
+
+
+def resolve_backend(base_layer: nn.Module) -> Optional[QuantizationBackend]:
+    """PEFT's backend for the weight of a layer, or `None` if it is not quantized."""
+    weight = getattr(base_layer, "weight", None)
+    kind = get_bnb_param_type(weight)
+    if kind:
+        return RowsOf4bit() if kind == "4bit" else RowsOf8bit()
+    if not type(weight).__module__.startswith("torchao."):
+        return resolve_quantization_backend(base_layer)
+    # a layer that quantizes its input as well passes no gradient back to it
+    quantizes_input = any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
+    if quantizes_input or type(weight).__name__ not in TORCHAO_WEIGHTS:
+        return ForwardOnlyQuantizationBackend("torchao")
+    return RowsOfTorchao(None)
+
+
+class RowsOf8bit(Bnb8bitBackend):
+    """8-bit weights of bitsandbytes: an integer for each value, and a scale for each row."""
+
+    def get_base_rows(self, base_layer: nn.Module) -> torch.Tensor | QuantizedRows:
+        weight = base_layer.weight
+        if weight.dtype != torch.int8:
+            return weight.detach()  # not yet: bitsandbytes quantizes when a weight moves to a device
+        # the largest absolute value of each row; the layer takes it over from the weight in its first forward pass
+        row_max = base_layer.state.SCB if weight.SCB is None else weight.SCB
+
+        def dequantize(start: int, stop: int) -> torch.Tensor:
+            return weight.data[start:stop] * (row_max[start:stop].to(weight.device, torch.float32).view(-1, 1) / 127)
+
+        return QuantizedRows(weight.shape, torch.float32, weight.device, dequantize)
+
+
+class RowsOf4bit(Bnb4bitBackend):
+    """4-bit weights of bitsandbytes: two values to a byte, and a scale for each block of them."""
+
+    def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
+        return self.get_base_rows(base_layer)[:]  # of packed ones, too
+
+    def get_base_rows(self, base_layer: nn.Module) -> torch.Tensor | QuantizedRows:
+        from bitsandbytes import functional as bnb
+
+        weight = base_layer.weight
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            state = getattr(base_layer, "quant_state", None)  # the layer keeps what a sharded weight loses
+        if state is None:
+            return weight.detach()  # not yet: bitsandbytes quantizes when a weight moves to a device
+        packed, absmax, dtype = weight.data.view(torch.uint8).reshape(-1, 1), state.absmax, state.dtype
+        if getattr(state, "packing_format_for_cpu", False):
+            # in eval mode bitsandbytes reorders weights for CPUs with AVX512-BF16; a copy, because undoing it changes
+            # the state
+            absmax, dtype = absmax.T.reshape(-1).float(), state.original_dtype
+            state = copy.copy(state)
+            state.original_nested = False
+            packed, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+            packed = packed.view(torch.uint8).reshape(-1, 1)
+        elif state.nested:
+            absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+        out_features, in_features = state.shape
+        size = state.blocksize
+
+        def dequantize(start: int, stop: int) -> torch.Tensor:
+            # whole blocks of quantization, two values to a byte
+            first, last = start * in_features // size, -(-stop * in_features // size)
+            end = min(last * size, out_features * in_features)
+            part = bnb.QuantState(
+                absmax=absmax[first:last],
+                shape=torch.Size([end - first * size]),
+                code=state.code,
+                blocksize=size,
+                quant_type=state.quant_type,
+                dtype=dtype,
+            )
+            values = bnb.dequantize_4bit(packed[first * size // 2 : -(-end // 2)], part).view(-1)
+            return values[start * in_features - first * size :][: (stop - start) * in_features].view(-1, in_features)
+
+        return QuantizedRows(state.shape, dtype, packed.device, dequantize)
+
+
+class RowsOfTorchao(TorchaoBackend):
+    """
+    Weight-only quantization of torchao. `get_apply_tensor_subclass` gives the way to quantize again; the model knows
+    it, or nobody (`None`).
+    """
+
+    def get_base_rows(self, base_layer: nn.Module) -> QuantizedRows:
+        weight: Any = base_layer.weight
+
+        def dequantize(start: int, stop: int) -> torch.Tensor:
+            # inside of torch.func's transforms a slice would be no tensor of torchao's, and inference mode refuses it
+            with torch.inference_mode(False), torch._C._DisableFuncTorch():
+                return weight[start:stop].dequantize().detach()
+
+        return QuantizedRows(weight.shape, weight.dtype, weight.device, dequantize)

@@ -1,0 +1,100 @@
+# Copyright 2026-present the HuggingFace Inc. team.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which layers can learn the lengths of their rows, checked before a model is touched."""
+
+import copy
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.quantization_utils import QuantizationBackend
+
+from .config import AdaLoraConfig
+from .names import layers_of_state_dict
+
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_magnitude_support(
+    module: nn.Module,
+    backend: Optional[QuantizationBackend] = None,
+    name: str = "",
+    fan_in_fan_out: Optional[bool] = None,
+) -> None:
+    """
+    Check that the lengths of the rows of a module's weight can be learned.
+
+    Args:
+        module (`nn.Module`):
+            The module to adapt.
+        backend (`QuantizationBackend`, *optional*):
+            PEFT's backend for its weight if that is quantized.
+        name (`str`, *optional*):
+            The path of the module, for the error message.
+        fan_in_fan_out (`bool`, *optional*):
+            Whether the weight is said to be stored as (in, out). Not checked if `None`.
+
+    Raises:
+        `NotImplementedError`:
+            If the module is none of `nn.Linear`, `Conv1D` of transformers, `nn.Conv2d`, or a linear layer whose weight
+            PEFT can dequantize, or if `fan_in_fan_out` does not say how it stores its weight.
+    """
+    where = f"module {name!r}" if name else "the given module"
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    weight = getattr(module, "weight", None)
+    if (
+        not (backend.supports_merge if backend else isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)))
+        # packed under another name, as by compressed-tensors
+        or not isinstance(weight, torch.Tensor)
+        # never called: the attention takes its weight and makes the product itself
+        or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        or (backend is None and weight.dtype not in FLOAT_DTYPES)
+    ):
+        if isinstance(weight, torch.Tensor):
+            kind += f" with a weight of type {type(weight).__name__} and dtype {weight.dtype}"
+        raise NotImplementedError(
+            "`use_dora_adaptive=True` supports nn.Linear, transformers' Conv1D, nn.Conv2d, the 4-bit and 8-bit linear "
+            f"layers of bitsandbytes, and weight-only quantization of torchao, but {where} is a {kind}; leave it out "
+            "of `target_modules`."
+        )
+    if fan_in_fan_out is not None and fan_in_fan_out != isinstance(module, Conv1D):
+        stored = "is not stored transposed" if fan_in_fan_out else "is stored transposed"
+        raise NotImplementedError(
+            f"`fan_in_fan_out={fan_in_fan_out}` does not fit {where}, a {kind}, whose weight {stored}; set it to "
+            f"{not fan_in_fan_out}."
+        )
+
+
+def check_targets(
+    tuner: BaseTuner, model: nn.Module, config: AdaLoraConfig, state_dict: Optional[dict[str, Any]], resolve: Any
+) -> None:
+    """Raise as [`check_magnitude_support`] if a module that `inject_adapter` would adapt is not supported."""
+    # on a copy, because `inject_adapter` warns about what it resolves in the config itself
+    config = tuner._prepare_adapter_config(copy.copy(config), tuner.get_model_config(model))
+    config = _maybe_include_all_linear_layers(config, model)
+    names_in_state_dict = layers_of_state_dict(state_dict or {}, tuner.prefix)
+    inside_adapter_layer = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside_adapter_layer):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+            inside_adapter_layer = (*inside_adapter_layer, f"{name}.")
+        if name in names_in_state_dict if state_dict else tuner._check_target_module_exists(config, name):
+            check_magnitude_support(module, resolve(module), name)
