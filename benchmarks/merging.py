@@ -3,16 +3,19 @@
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from report import Table
 from settings import Settings
 from torch import nn
+from transformers import TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft import AdaLoraConfig, get_peft_model
-from peft.tuners.adalora.base_weight import QuantizedRows, overwrite_weight, weight_rows
+from peft.tuners.adalora.base_weight import base_rows, base_weight, overwrite_base_weight
+from peft.tuners.adalora.layer import AdaLoraLayer
 
 
 try:
@@ -59,38 +62,47 @@ if torchao is not None:
     TORCHAO = {
         "torchao int8, weight only": torchao.Int8WeightOnlyConfig(),
         "torchao int8 in groups, weight only": torchao.IntxWeightOnlyConfig(),
+        "torchao int4 in groups, weight only": torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4),
         "torchao float8, weight only": torchao.Float8WeightOnlyConfig(),
     }
     LAYERS |= {name: partial(quantized_by_torchao, config=config) for name, config in TORCHAO.items()}
 
 
-def matrix(layer: nn.Module) -> torch.Tensor:
-    """The weight of a layer, (out, in), float64."""
-    rows = weight_rows(layer)
-    return (rows[:] if isinstance(rows, QuantizedRows) else rows).double().cpu().clone()
+def matrix(layer: AdaLoraLayer) -> torch.Tensor:
+    """The base weight of a layer, (out, in), float64."""
+    return base_rows(layer)[:].double().cpu().clone()
 
 
-def relative_error(layer: nn.Module, exact: torch.Tensor) -> float:
+def relative_error(layer: AdaLoraLayer, exact: torch.Tensor) -> float:
     return float((matrix(layer) - exact).norm() / exact.norm())
+
+
+@torch.no_grad()
+def store(layer: AdaLoraLayer, rows: torch.Tensor) -> None:
+    """Give a layer another base weight, (out, in), in the layer's own format."""
+    weight = base_weight(layer)
+    values = rows.T if isinstance(layer.get_base_layer(), Conv1D) else rows.view(weight.shape)
+    overwrite_base_weight(layer, values.to(weight))
 
 
 @torch.no_grad()
 def merge_row(name: str, settings: Settings) -> dict[str, Any]:
     torch.manual_seed(0)
-    base = LAYERS[name](settings.pick(1024, 256)).to(settings.device)
     wrapped = nn.Module()
-    wrapped.layer = base
+    wrapped.layer = LAYERS[name](settings.pick(1024, 256)).to(settings.device)
+    # as transformers says of the models that it quantizes
     wrapped.is_loaded_in_8bit, wrapped.is_loaded_in_4bit = "8-bit" in name, "4" in name.partition("bitsandbytes")[2]
+    if name in TORCHAO:
+        wrapped.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig(TORCHAO[name]))
     config = AdaLoraConfig(
         target_modules=["layer"], init_r=16, fan_in_fan_out="Conv1D" in name, total_step=1000, use_dora_adaptive=True
     )
     model = get_peft_model(wrapped, config)
     layer = model.base_model.model.layer
-    layer.torchao_config = TORCHAO.get(name)
     # an update of about a tenth of the weight's length, and magnitudes moved by 10 %
     layer.lora_E["default"].normal_()
     update = layer.lora_B["default"] @ (layer.lora_A["default"] * layer.lora_E["default"])
-    weight = matrix(base)
+    weight = matrix(layer)
     layer.scaling["default"] *= 0.1 * float(weight.norm() / update.norm()) / layer.scaling["default"] * 16
     magnitude = layer.lora_magnitude["default"]
     magnitude.mul_(1 + 0.1 * torch.randn_like(magnitude))
@@ -98,12 +110,12 @@ def merge_row(name: str, settings: Settings) -> dict[str, Any]:
     lora_A, scaled_E, lora_B = (factor.double().cpu() for factor in layer.update_factors("default"))
     adapted = weight + lora_B @ (scaled_E * lora_A)
     exact = magnitude.double().cpu() / adapted.norm(dim=1, keepdim=True) * adapted
-    stored = copy.deepcopy(base)
-    overwrite_weight(stored, [(slice(0, len(exact)), exact.to(weight_rows(base).dtype))], TORCHAO.get(name))
+    stored = copy.deepcopy(layer)
+    store(stored, exact)
     model.merge_adapter()
     return {
         "layer": name,
-        "merged": relative_error(base, exact),
+        "merged": relative_error(layer, exact),
         "the exact weight, stored": relative_error(stored, exact),
     }
 
