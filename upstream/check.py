@@ -8,6 +8,8 @@ environment without `peft-adadora`. PEFT's own tests must have the same outcomes
 behavioural tests of this project, the same files, must pass. Where PEFT has a newer release, it tells which edits no
 longer apply to it.
 
+One line of the copied modules changes: PEFT's own `layer`, which the overlay calls `stock_layer`, is `layer` in there.
+
 Exits with 1 if anything differs or fails.
 """
 
@@ -63,16 +65,24 @@ def apply(tree: Path, patch: Path = PATCH, reject: bool = False) -> subprocess.C
     target = tree / "src" / "peft" / "tuners" / "adalora"
     for module in OURS.glob("*.py"):
         if not (target / module.name).exists():
-            shutil.copy(module, target)
+            code = module.read_text()
+            (target / module.name).write_text(code.replace("from . import stock_layer as", "from . import layer as"))
     # outside of any repository, or git takes the paths as those of the repository that FOLDER is in
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
     command = ["git", "apply", "--unidiff-zero", *(["--reject"] if reject else []), str(patch)]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
 
 
-def changed_lines() -> int:
-    lines = PATCH.read_text().splitlines()
-    return sum(line.startswith(("+", "-")) and not line.startswith(("+++ ", "--- ")) for line in lines)
+def changed_lines() -> str:
+    """How many lines of each of PEFT's files the patch adds and removes."""
+    counts = {}
+    for line in PATCH.read_text().splitlines():
+        if line.startswith("+++ "):
+            name = line.rpartition("/")[2]
+        elif line.startswith(("+", "-")) and not line.startswith("--- "):
+            counts.setdefault(name, Counter())[line[0]] += 1
+    counts["in all"] = sum(counts.values(), Counter())
+    return ", ".join(f"{name} +{count['+']} -{count['-']}" for name, count in counts.items())
 
 
 def make_environment(folder: Path) -> Path:
@@ -199,7 +209,7 @@ def main() -> int:
     result = apply(patched)
     if result.returncode:
         raise SystemExit(f"the patch does not apply to {pinned.name}: {result.stderr}")
-    print(f"{pinned.name}: {changed_lines()} lines of its files changed", flush=True)
+    print(f"{pinned.name}: lines of its files changed: {changed_lines()}", flush=True)
 
     python = make_environment(folder / "venv")
     install = [

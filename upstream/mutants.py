@@ -8,130 +8,178 @@ with 1 if one survives.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Optional
 
 
 ROOT = Path(__file__).parents[1]
 ADALORA = Path("peft", "tuners", "adalora")
-TESTS = ["test_adadora_math.py", "test_adadora_model.py", "test_layer_kinds.py"]
+# a test that fails is not to look for a simpler example for minutes
+NO_SHRINKING = """
+from hypothesis import Phase, settings
+
+settings.register_profile("no_shrinking", phases=[Phase.explicit, Phase.generate])
+settings.load_profile("no_shrinking")
+"""
+TESTS = [
+    "test_adadora_math.py",
+    "test_scale_cache.py",
+    "test_adadora_model.py",
+    "test_layer_kinds.py",
+    "test_exactness.py",
+]
+
+
+class Edit(NamedTuple):
+    """In a module of `peft.tuners.adalora`: what occurs there once, and what to put there."""
+
+    module: str
+    old: str
+    new: str
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """
-    A mistake.
-
-    Args:
-        name: What it is.
-        module: The module of `peft.tuners.adalora` to change.
-        old: What occurs there once.
-        new: What to put there.
-        module_in_peft, old_in_peft, new_in_peft: The same inside of PEFT, where the line is elsewhere.
-    """
+    """A mistake: what it is, the edits that make it, and the file of `TESTS` to begin with, to be done soon."""
 
     name: str
-    module: str
-    old: str
-    new: str
-    module_in_peft: str = ""
-    old_in_peft: str = ""
-    new_in_peft: str = ""
+    edits: tuple[Edit, ...]
+    first: str = TESTS[0]
 
-    def apply(self, folder: Path, inside_peft: bool) -> None:
-        changes_peft = inside_peft and self.module_in_peft
-        module, old, new = (
-            (self.module_in_peft, self.old_in_peft, self.new_in_peft)
-            if changes_peft
-            else (self.module, self.old, self.new)
-        )
-        path = folder / ADALORA / module
-        code = path.read_text()
-        if code.count(old) != 1:
-            raise SystemExit(f"{self.name}: {old!r} occurs {code.count(old)} times in {module}")
-        path.write_text(code.replace(old, new))
+    def apply(self, folder: Path) -> None:
+        for module, old, new in self.edits:
+            path = folder / ADALORA / module
+            code = path.read_text()
+            if code.count(old) != 1:
+                raise SystemExit(f"{self.name}: {old!r} occurs {code.count(old)} times in {module}")
+            path.write_text(code.replace(old, new))
 
+
+DO_NOT_DETACH = (
+    Edit("adadora.py", "lora_A.detach()", "lora_A"),
+    Edit("adadora.py", "scaled_E.detach()", "scaled_E"),
+    Edit("adadora.py", "lora_B.detach()", "lora_B"),
+)
 
 MUTANTS = [
+    Mutant("do not detach the norm", DO_NOT_DETACH),
     Mutant(
-        "do not detach the norm",
-        "adadora_layer.py",
-        "            return add_update_and_scale(output, projected, lora_B, magnitude, squared_norm, bias)\n",
-        "            adapted = self.get_base_layer().weight + lora_B @ (lora_A * scaled_E)\n"
-        "            squared_norm = adapted.square().sum(dim=1, keepdim=True)\n"
-        "            scale = magnitude_scale(magnitude, squared_norm)\n"
-        "            return scale_output(output + projected @ lora_B.T, scale, bias)\n",
+        "stop the gradient of the norm with no_grad, which forward mode passes over",
+        (
+            *DO_NOT_DETACH,
+            Edit(
+                "adadora.py",
+                "    with full_precision(weight.device):\n        # `no_grad`",
+                "    with torch.no_grad(), full_precision(weight.device):\n        # `no_grad`",
+            ),
+        ),
+        first="test_exactness.py",
     ),
     Mutant(
-        "do not clamp the squared norm",
-        "adadora.py",
-        "(squared_base_norm + update).clamp_min_(0)",
-        "squared_base_norm + update",
+        "write into what the base layer returned",
+        (
+            Edit(
+                "adadora.py",
+                "torch.lerp(bias, output, scale)",
+                "output.sub_(bias).mul_(scale).add_(bias)",
+            ),
+        ),
+        first="test_exactness.py",
     ),
+    Mutant(
+        "keep m / n outside of generate() and DoraCaching()",
+        (Edit("kept.py", "None if needs_grad else _session(layer)\n", "None if needs_grad else True\n"),),
+        first="test_scale_cache.py",
+    ),
+    Mutant("do not clamp the squared norm", (Edit("adadora.py", ".clamp_min(0)", ""),)),
     Mutant(
         "lose the magnitude when resizing",
-        "adadora_model.py",
-        "                layer.keep_ranks(adapter_name, mask.nonzero().view(-1))\n",
-        "                layer.keep_ranks(adapter_name, mask.nonzero().view(-1))\n"
-        "                layer.reset_magnitude(adapter_name)\n",
+        (
+            Edit(
+                "loading.py",
+                "    layer.r[adapter_name] = len(kept)\n",
+                "    layer.r[adapter_name] = len(kept)\n"
+                "    if adapter_name in layer.lora_variant:\n"
+                "        layer.lora_variant[adapter_name].init(layer, adapter_name)\n",
+            ),
+        ),
+        first="test_adadora_model.py",
     ),
     Mutant(
         "scale the bias, too",
-        "adadora.py",
-        "    scale = scale.view(-1)\n    if bias is None:",
-        "    scale = scale.view(-1)\n    bias = None\n    if bias is None:",
+        (Edit("adadora.py", "if bias is None:\n        return output *", "if True:\n        return output *"),),
     ),
     Mutant(
         "take the norm over the wrong axis",
-        "base_weight.py",
-        "    if isinstance(module, Conv1D):\n        return weight.T\n    return weight.flatten(1)",
-        "    if isinstance(module, Conv1D) or weight.shape[0] == weight.shape[-1]:\n"
-        "        return weight.T\n    return weight.flatten(1)",
+        (
+            Edit(
+                "base_weight.py",
+                "isinstance(base_layer, Conv1D) else",
+                "isinstance(base_layer, Conv1D) or weight.shape[0] == weight.shape[-1] else",
+            ),
+        ),
     ),
     Mutant(
         "do not mask",
-        "layer.py",
-        "            super().mask_using_rank_pattern(model, rank_pattern)",
-        "            pass",
-        "layer.py",
-        "                    p.masked_fill_(~mask.bool(), 0.0)",
-        "                    pass",
+        (Edit("allocator.py", "lora_E.masked_fill_(pruned, 0.0)", "pass"),),
+        first="test_adadora_model.py",
     ),
     Mutant(
         "let the magnitude take part in the importance",
-        "allocator.py",
-        ' and "lora_magnitude" not in name',
-        "",
+        (
+            Edit(
+                "allocator.py",
+                "            for part in FACTORS\n        }",
+                '            for part in (*FACTORS, "lora_magnitude")\n'
+                "            if self.adapter_name in getattr(layer, part)\n        }",
+            ),
+            Edit(
+                "allocator.py",
+                "(lora_A.mean(dim=1) + lora_B.mean(dim=0))",
+                "(lora_A.mean(dim=1) + lora_B.mean(dim=0))"
+                ' + self.exp_avg_ipt.get(name % "lora_magnitude", torch.zeros(1)).mean()',
+            ),
+        ),
+        first="test_adadora_model.py",
     ),
     Mutant(
         "train the number that the update is divided by",
-        "adadora_layer.py",
-        "            self.ranknum[adapter_name].requires_grad_(False)\n",
-        "            self.ranknum[adapter_name].requires_grad_(True)\n",
+        (
+            Edit(
+                "layer.py",
+                "self.ranknum[adapter_name].requires_grad_(False)",
+                "self.ranknum[adapter_name].requires_grad_(True)",
+            ),
+        ),
+        first="test_adadora_model.py",
     ),
-    Mutant(
-        "divide by a norm of zero",
-        "adadora.py",
-        "    is_zero = squared_norm <= ZERO_ROW\n",
-        "    is_zero = squared_norm < 0\n",
-    ),
+    Mutant("divide by a norm of zero", (Edit("adadora.py", "squared_norm <= ZERO_ROW", "squared_norm < 0"),)),
 ]
 
 
-def is_caught(python: Path, source: Path, mutant: Mutant, folder: Path, inside_peft: bool) -> bool:
+def catcher_of(mutant: Mutant, python: Path, source: Path, folder: Path) -> Optional[str]:
+    """The first test that fails with the mutant, or `None` if it survives all of them."""
     copy = folder / "mutant"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    mutant.apply(copy, inside_peft)
+    mutant.apply(copy)
+    (copy / "no_shrinking.py").write_text(NO_SHRINKING)
     environment = {**os.environ, "PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not overlay and not soak", *TESTS]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no_shrinking", "-m", "not overlay and not soak"]
+    tests = sorted(TESTS, key=lambda name: name != mutant.first)
+    command = [python, "-m", "pytest", *options, *tests]
     result = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, check=False)
-    if result.returncode not in (0, 1) or " error" in result.stdout.splitlines()[-1]:
+    if result.returncode == 0:
+        return None
+    failed = re.search(r"^FAILED test_\w+\.py::([^\s\[]+)", result.stdout, re.MULTILINE)
+    if result.returncode != 1 or failed is None:
         raise SystemExit(f"{mutant.name}: the tests did not run\n{result.stdout}{result.stderr}")
-    return result.returncode == 1
+    return failed[1]
 
 
 def main() -> int:
@@ -139,18 +187,19 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder.resolve()
     forms = {
-        "over the installed PEFT": (Path(sys.executable), ROOT / "src", False),
-        "inside of PEFT": (folder / "venv" / "bin" / "python", folder / "patched" / "src", True),
+        "over the installed PEFT": (Path(sys.executable), ROOT / "src"),
+        "inside of PEFT": (folder / "venv" / "bin" / "python", folder / "patched" / "src"),
     }
     if not forms["inside of PEFT"][0].exists():
         raise SystemExit(f"{folder} has no environment with a patched PEFT; run check.py first")
-    print("| mutant | " + " | ".join(forms) + " |\n|---|---|---|", flush=True)
+    print("| mutant | noticed first, " + " | noticed first, ".join(forms) + " |\n|---|---|---|", flush=True)
     survived = 0
     for mutant in MUTANTS:
-        caught = [is_caught(python, source, mutant, folder, inside) for python, source, inside in forms.values()]
-        survived += caught.count(False)
+        catchers = [catcher_of(mutant, python, source, folder) for python, source in forms.values()]
+        survived += catchers.count(None)
         print(
-            f"| {mutant.name} | " + " | ".join("caught" if each else "SURVIVED" for each in caught) + " |", flush=True
+            f"| {mutant.name} | " + " | ".join(f"`{each}`" if each else "SURVIVED" for each in catchers) + " |",
+            flush=True,
         )
     return 1 if survived else 0
 
