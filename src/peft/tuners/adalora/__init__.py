@@ -17,15 +17,10 @@
 from typing import Any
 
 from . import stock___init__ as stock
-from .layer import AdaLoraLayer
-from .quantized import resolve_backend
 from .stock___init__ import *
 
 
 __all__ = stock.__all__
-
-# quantized weights are read a block of rows at a time
-AdaLoraLayer.resolve_backend = staticmethod(resolve_backend)
 
 
 def __getattr__(name: str) -> Any:

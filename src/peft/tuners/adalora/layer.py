@@ -24,7 +24,7 @@ from torch import nn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 
 from . import stock_layer as stock
 from .adadora import norm_dtype
@@ -45,10 +45,15 @@ class AdaLoraLayer(stock.AdaLoraLayer):
     """
 
     adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
-    # how a quantized weight is read and written
-    resolve_backend = staticmethod(resolve_quantization_backend)
     # see kept.py
     _generation = _kept_norm = _kept_scales = None
+
+    @staticmethod
+    def resolve_backend(base_layer: nn.Module) -> Optional[QuantizationBackend]:
+        """How a quantized weight is read and written: PEFT's backend, a block of rows at a time."""
+        from .quantized import resolve_backend  # not before there is a layer
+
+        return resolve_backend(base_layer)
 
     @property
     def use_dora_adaptive(self) -> bool:
