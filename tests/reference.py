@@ -80,5 +80,7 @@ class Reference:
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """L2 norm of the difference over L2 norm of the expected value; both zero counts as no error."""
+    assert value.shape == expected.shape
     difference = (value.detach().double() - expected.detach().double()).norm()
-    return float(difference / expected.detach().double().norm()) if difference > 0 else 0.0
+    # not `difference > 0`, which NaN is not
+    return 0.0 if difference == 0 else float(difference / expected.detach().double().norm())

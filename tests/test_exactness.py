@@ -494,6 +494,7 @@ TRANSFORMS = {
     "hessian of x": lambda f, x, factors: hessian(scalar(f))(x[:2]),
     "autograd.functional.jacobian": lambda f, x, factors: torch.autograd.functional.jacobian(f, x[:1]),
     "vmap over samples": lambda f, x, factors: vmap(f)(x[:, None]),
+    "vmap over samples without a batch dimension": lambda f, x, factors: vmap(f)(x),
     "vmap over adapters": lambda f, x, factors: vmap(f, (None, 0))(x, stacked(factors)),
     "vmap over one factor": lambda f, x, factors: vmap(lambda lora_B: f(x, {**factors, "lora_B": lora_B}))(
         stacked(factors)["lora_B"]
@@ -609,7 +610,7 @@ def evaluate(layer: nn.Module, x: torch.Tensor) -> None:
         layer(x)
 
 
-@of_kinds(*FLOAT_KINDS, "torchao-int8")  # the tracer of jit knows none of the operators of the others
+@of_kinds()
 @in_modes("training", "no_grad", "DoraCaching")
 @pytest.mark.parametrize("name", TRACERS)
 def test_a_trace_is_right_also_after_a_training_step_and_an_evaluation(kind, mode, name):

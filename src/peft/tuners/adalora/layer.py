@@ -39,7 +39,14 @@ from .variants import AdaDoraConv2dVariant, AdaDoraLinearVariant
 __all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
 
 
-class AdaLoraLayer(stock.AdaLoraLayer):
+class _WithDict:
+    """
+    In front of PEFT's classes it gives a layer the memory layout of any `nn.Module`, so that FSDP2's `fully_shard` can
+    change its class. `abc.ABC`, which PEFT's layers begin with, has another one.
+    """
+
+
+class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
     """
     PEFT's AdaLoRA layer with a place for magnitudes: `lora_magnitude`, one of shape (out, 1) per AdaDoRA adapter.
     """

@@ -151,6 +151,8 @@ class RowsOfTorchao(TorchaoBackend):
         weight: Any = base_layer.weight
 
         def dequantize(start: int, stop: int) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                return weight[start:stop].dequantize().detach()
             # inside of torch.func's transforms a slice would be no tensor of torchao's, and inference mode refuses it
             with torch.inference_mode(False), torch._C._DisableFuncTorch():
                 return weight[start:stop].dequantize().detach()

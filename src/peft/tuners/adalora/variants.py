@@ -62,7 +62,7 @@ class AdaDoraLinearVariant(LoraVariant):
         scale, scaled_E = scales(module, active_adapter)  # m / n and c · E
         x = module.lora_dropout[active_adapter](module._cast_input_dtype(x, lora_A.dtype))
         projected = x @ lora_A.T
-        projected = (projected * scaled_E.T).to(projected.dtype)  # (..., r)
+        projected = (projected * scaled_E.view(-1)).to(projected.dtype)  # (..., r)
         scaled = scale_output(result, scale.view(-1), module.get_base_layer().bias)
         return add_product(scaled, projected, scale * lora_B).to(result.dtype)
 
