@@ -620,7 +620,11 @@ def test_a_trace_is_right_also_after_a_training_step_and_an_evaluation(kind, mod
 @of_kinds("Linear", "Conv2d-grouped", "nf4", "torchao-int8")
 @in_modes("training", "DoraCaching")
 @pytest.mark.parametrize("name", SLOW_TRACERS)
-def test_an_exported_or_compiled_layer_is_right(kind, mode, name):
+def test_an_exported_or_compiled_layer_is_right(kind, mode, name, request):
+    if name == "export strict" and kind is KINDS.get("nf4"):
+        # plain AdaLoRA's program is right
+        reason = "with strict=True the program holds a fake tensor as a constant"
+        request.node.add_marker(pytest.mark.xfail(strict=True, reason=reason))
     check_tracer(kind, mode, name, [evaluate])
 
 

@@ -109,7 +109,7 @@ class RowsOf4bit(Bnb4bitBackend):
             state = getattr(base_layer, "quant_state", None)  # the layer keeps what a sharded weight loses
         if state is None:
             return weight.detach()  # not yet: bitsandbytes quantizes when a weight moves to a device
-        packed, absmax, dtype = weight.data.view(torch.uint8).reshape(-1, 1), state.absmax, state.dtype
+        packed, absmax, dtype = weight.data, state.absmax, state.dtype
         if getattr(state, "packing_format_for_cpu", False):
             # in eval mode bitsandbytes reorders weights for CPUs with AVX512-BF16; a copy, because undoing it changes
             # the state
@@ -117,9 +117,11 @@ class RowsOf4bit(Bnb4bitBackend):
             state = copy.copy(state)
             state.original_nested = False
             packed, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
-            packed = packed.view(torch.uint8).reshape(-1, 1)
         elif state.nested:
             absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+        if packed.dtype != torch.uint8:  # an option of bitsandbytes; the tracer of jit does not know such views
+            packed = packed.view(torch.uint8)
+        packed = packed.reshape(-1, 1)
         out_features, in_features = state.shape
         size = state.blocksize
 
@@ -153,6 +155,10 @@ class RowsOfTorchao(TorchaoBackend):
         def dequantize(start: int, stop: int) -> torch.Tensor:
             if torch.compiler.is_compiling():
                 return weight[start:stop].dequantize().detach()
+            if torch.jit.is_tracing():
+                # as an operation on the weight: the tensors that it wraps would be constants that cannot be compared
+                identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+                return nn.functional.linear(identity, weight)[:, start:stop].T.detach()
             # inside of torch.func's transforms a slice would be no tensor of torchao's, and inference mode refuses it
             with torch.inference_mode(False), torch._C._DisableFuncTorch():
                 return weight[start:stop].dequantize().detach()
