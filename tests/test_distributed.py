@@ -32,7 +32,7 @@ def launch(mode: str, folder: Path, launcher: str = "torchrun") -> list[dict]:
         capture_output=True,
         check=False,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr[-4000:]
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
@@ -158,3 +158,32 @@ def test_deepspeed_gives_the_same_on_two_processes(stage, single_trainer, tmp_pa
             torch.testing.assert_close(trained, param.detach(), rtol=1e-5, atol=1e-5)
     loaded = PeftModel.from_pretrained(make_llama(), checkpoint)
     torch.testing.assert_close(held_out_logits(loaded), held_out_logits(single_trainer.model), rtol=1e-5, atol=1e-5)
+
+
+# in a process of its own, because a process group outlives a test
+SHARD_EACH_LAYER = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from helpers import make_config
+from peft.tuners.adalora import SVDConv2d, SVDLinear
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+for layer_class, base, x in (
+    (SVDLinear, nn.Linear(6, 8), torch.randn(2, 6)),
+    (SVDConv2d, nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)),
+):
+    layer = layer_class(base, "default", make_config(), r=4)
+    expected = layer(x)
+    torch.testing.assert_close(fully_shard(layer, mesh=mesh)(x), expected)
+dist.destroy_process_group()
+"""
+
+
+def test_fsdp2_can_shard_each_adapted_layer_by_itself():
+    command = [sys.executable, "-c", SHARD_EACH_LAYER]
+    here = Path(__file__).parent
+    process = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
