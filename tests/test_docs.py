@@ -1,13 +1,17 @@
 """The code blocks of README and docs run as they stand, and the commands that they name exist."""
 
 import ast
+import functools
+import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from trainer_run import run_in_process
 
 import peft
 
@@ -33,8 +37,17 @@ def with_blocks(language: str) -> list:
 def test_the_python_blocks_of_a_page_run_in_their_order(page, tmp_path):
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python")))
-    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    assert run_in_process(run_page, script) == 0
+
+
+def run_page(script: Path) -> None:
+    os.chdir(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+@functools.cache
+def help_text(*command: str | Path) -> str:
+    return subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("page", with_blocks("bash"))
@@ -47,12 +60,9 @@ def test_the_commands_of_a_page_exist(page):
             subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         elif words[0] in ("python", "peft-adadora"):
             program = sys.executable if words[0] == "python" else Path(sys.executable).with_name(words[0])
-            help_text = subprocess.run(
-                [program, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-            )
-            assert help_text.returncode == 0, help_text.stderr
+            options = help_text(program, words[1])
             for option in (word for word in words[2:] if word.startswith("--")):
-                assert option in help_text.stdout
+                assert option in options
         else:
             # the installation itself is tested in test_overlay.py
             assert words[:2] in (["pip", "install"], ["git", "clone"]), command
