@@ -103,6 +103,21 @@ def test_a_training_step_starts_without_gradients(layer_case):
     assert torch.equal(inputs.grad, once)
 
 
+def test_inside_of_dora_caching_only_what_keeps_something_does_less(bench, settings, layer_case, monkeypatch):
+    def count(steps, settings):
+        for step in steps.values():
+            step()
+        return {variant: [bench.counters.launches(step, CPU)] for variant, step in steps.items()}
+
+    monkeypatch.setattr(bench.layer, "cases", lambda settings: [layer_case])
+    monkeypatch.setattr(bench.layer, "measure", count)
+    _, without, inside = (row for table in bench.layer.tables(settings) for row in table.rows)
+    less = {column for column in inside if column in VARIANTS and inside[column].median < without[column].median}
+    assert less == {"DoRA", "AdaDoRA"}
+    assert inside["AdaLoRA (ms)"] == without["AdaLoRA (ms)"]
+    assert inside["AdaDoRA, dense norm"] == without["AdaDoRA, dense norm"]
+
+
 # -------------------------------------------------------------------------------------------------------------- timing
 
 
