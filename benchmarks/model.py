@@ -1,6 +1,7 @@
 """Llama models and blocks: a training step, a forward pass over the prompt (prefill), and generation."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from variants import ADALORA
 
 from peft import PeftModel
+from peft.helpers import DoraCaching
 
 
 SMALL_LLAMA = LlamaCase("Llama, 8 layers of 1024", 1024, 2816, 16, 16, layers=8, tokens=512)
@@ -78,8 +80,11 @@ def case_rows(case: LlamaCase, settings: Settings) -> Iterator[dict[str, Any]]:
     yield row(case, "training step", seconds, lower_bound(steps[ADALORA], reference, 2, kept, settings))
 
     steps = {variant: case.forward_pass(model, inputs) for variant, model in models.items()}
-    seconds = measure(steps, settings, min_rounds=3, share=share)
-    yield row(case, "prefill", seconds, lower_bound(steps[ADALORA], reference, 1, 0, settings))
+    bound = lower_bound(steps[ADALORA], reference, 1, 0, settings)
+    for step, context in {"prefill": nullcontext(), "prefill, DoraCaching()": DoraCaching()}.items():
+        with context:
+            seconds = measure(steps, settings, min_rounds=3, share=share)
+        yield row(case, step, seconds, bound)
 
     if not case.is_block:
         case = replace(case, tokens=settings.pick(64, 8))

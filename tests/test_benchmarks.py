@@ -103,15 +103,19 @@ def test_a_training_step_starts_without_gradients(layer_case):
     assert torch.equal(inputs.grad, once)
 
 
-def test_inside_of_dora_caching_only_what_keeps_something_does_less(bench, settings, layer_case, monkeypatch):
-    def count(steps, settings):
+@pytest.mark.parametrize("section, case_name", [("layer", "layer_case"), ("model", "block_case")])
+def test_inside_of_dora_caching_only_what_keeps_something_does_less(
+    section, case_name, bench, settings, request, monkeypatch
+):
+    def count(steps, settings, **options):
         for step in steps.values():
             step()
         return {variant: [bench.counters.launches(step, CPU)] for variant, step in steps.items()}
 
-    monkeypatch.setattr(bench.layer, "cases", lambda settings: [layer_case])
-    monkeypatch.setattr(bench.layer, "measure", count)
-    _, without, inside = (row for table in bench.layer.tables(settings) for row in table.rows)
+    module = getattr(bench, section)
+    monkeypatch.setattr(module, "cases", lambda settings: [request.getfixturevalue(case_name)])
+    monkeypatch.setattr(module, "measure", count)
+    _, without, inside = (row for table in module.tables(settings) for row in table.rows)
     less = {column for column in inside if column in VARIANTS and inside[column].median < without[column].median}
     assert less == {"DoRA", "AdaDoRA"}
     assert inside["AdaLoRA (ms)"] == without["AdaLoRA (ms)"]
