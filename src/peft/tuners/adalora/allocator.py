@@ -42,6 +42,9 @@ class RankAllocator(stock.RankAllocator):
     (DTensor), the importance is that of the whole ones, the same on every process.
     """
 
+    # whether a step has been asked for
+    has_started = False
+
     def reset_ipt(self) -> None:
         super().reset_ipt()
         self._flat_scores = {}

@@ -326,9 +326,11 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
 
     # the loaded weights are those that are kept, in front
     adapter_name = tuner.trainable_adapter_name
-    for layer_name in _layers(tuner):
+    for layer_name, layer in _layers(tuner).items():
         name_of_E = f"{layer_name}.lora_E.{adapter_name}"
         kept = state.get(f"rank_pattern.{name_of_E}", torch.ones(len(saved[name_of_E]), dtype=torch.bool))
+        if adapter_name in layer.lora_magnitude:
+            kept = kept | (saved[name_of_E].view(-1) != 0)  # see `keep_saved_ranks`
         for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1), ("lora_magnitude", None)):
             name = f"{layer_name}.{part}.{adapter_name}"
             if name not in params:

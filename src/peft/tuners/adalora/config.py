@@ -37,8 +37,10 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.
     """
 
-    # with weights to come, which may be refused; no field, so that it is not saved
+    # No fields, so that they are not saved. With weights to come, which may be refused:
     was_loaded = False
+    # of the weights that were last taken from the model: those that the last allocation has pruned may live again
+    saved_rank_pattern = None
 
     use_dora_adaptive: bool = field(
         default=False,
@@ -68,7 +70,8 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         That of AdaDoRA says `use_dora`, too, so that a PEFT without AdaDoRA refuses to load the adapter, as do
         programs that know no DoRA, instead of using it without its magnitudes.
         """
-        return {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
+        saved = {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
+        return saved if self.saved_rank_pattern is None else {**saved, "rank_pattern": self.saved_rank_pattern}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "AdaLoraConfig":

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, Optional
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 
 from peft.tuners.lora import dora
@@ -124,7 +125,8 @@ def _keep(
         tensors (`list[torch.Tensor]`): The values are used for as long as these have the same storages and versions.
         owner (`Hashable`): The values are used for as long as this is the same, too.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    is_passing = has_offloaded_params(layer.get_base_layer())  # here for this forward pass alone
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_passing:
         return compute()
     owner = owner, id(layer), threading.get_ident()
     try:

@@ -29,7 +29,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from . import stock_layer as stock
 from .adadora import norm_dtype
 from .allocator import RankAllocator
-from .base_weight import base_weight, check_overwrite, overwrite_base_weight
+from .base_weight import base_weight, check_overwrite, here, overwrite_base_weight, shares_rows
 from .config import AdaLoraConfig
 from .targets import check_magnitude_support
 from .variants import AdaDoraConv2dVariant, AdaDoraLinearVariant
@@ -79,7 +79,8 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         if config.use_dora_adaptive:
             backend = self.resolve_backend(self.get_base_layer())
             check_magnitude_support(self.get_base_layer(), backend)
-            variant = self.resolve_lora_variant(config=config)
+            # not `resolve_lora_variant`, which refuses options of LoRA's other variants, which AdaLoRA does not read
+            variant = self.lora_variants["use_dora_adaptive",]
             self.quantization_backend = self.quantization_backend or backend
         with self.magnitude_aside(adapter_name) as learned:
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
@@ -186,10 +187,12 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         """Merge an AdaDoRA adapter, see `merge`."""
         parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude)
         with gather_params_ctx([self.get_base_layer().weight, *(part[adapter_name] for part in parts)]):
+            merged = base_weight(self)
             if safe_merge:
                 merged = self.checked_merged_weight(adapter_name)
+            elif shares_rows(merged):
+                merged = self.lora_variant[adapter_name].merge_safe(self, adapter_name, merged)
             else:
-                merged = base_weight(self)
                 self.lora_variant[adapter_name].merge_unsafe(self, adapter_name, merged)
             overwrite_base_weight(self, merged)
         self.merged_adapters.append(adapter_name)
@@ -232,7 +235,10 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
     def forward_variant(self, adapter_name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output of the layer with an AdaDoRA adapter."""
         result = self.base_layer(x, *args, **kwargs)
-        return result if self.merged else self.lora_variant[adapter_name].forward(self, adapter_name, x, result)
+        if self.merged:
+            return result
+        with here(self.get_base_layer()):
+            return self.lora_variant[adapter_name].forward(self, adapter_name, x, result)
 
 
 class SVDLinear(AdaLoraLayer, stock.SVDLinear):

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from .config import AdaLoraConfig
-from .names import PREFIX, adapted_layers, key_of_E, layer_of_E, name_in_file, part_of
+from .names import PREFIX, adapted_layers, is_part_of_name, key_of_E, layer_of_E, name_in_file, part_of
+from .sharding import whole
 
 
 RankPattern = dict[str, list[bool] | torch.Tensor]
@@ -50,20 +51,48 @@ def keep_ranks_of_pattern(layers: dict[str, nn.Module], adapter_name: str, rank_
             keep_ranks(layers[layer_of_E(key, adapter_name)], adapter_name, indices)
 
 
+def exact_weights(
+    weights: dict[str, torch.Tensor], model: nn.Module, config: AdaLoraConfig, adapter_name: str
+) -> dict[str, torch.Tensor]:
+    """The weights to save, with those that PEFT leaves out because another adapter is called like a module."""
+    others = [name for name in model.peft_config if name != adapter_name]
+    params = {
+        f"{name}.{part}.{adapter_name}": getattr(layer, part)[adapter_name]
+        for name, layer in adapted_layers(model, adapter_name).items()
+        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude")
+        if config.use_dora_adaptive
+    }
+    if not any(is_part_of_name(other, key) for other in others for key in params):
+        return weights
+    exact = {key: value for key, value in weights.items() if not any(key.endswith(f".{other}") for other in others)}
+    return {**{key: whole(param) for key, param in params.items()}, **exact}
+
+
 def keep_saved_ranks(
     weights: dict[str, torch.Tensor], config: AdaLoraConfig, adapter_name: str
 ) -> dict[str, torch.Tensor]:
-    """The weights to save, by their names in the model, without pruned triplets; `config` loses the adapter name."""
-    saved, pattern = dict(weights), config.rank_pattern or {}
+    """
+    The weights to save, by their names in the model, without pruned triplets. `config` loses the adapter name, and
+    saves what is kept: of AdaDoRA also what the optimizer has moved off zero since the last allocation.
+    """
+    saved = dict(weights)
+    pattern = {f"{layer_of_E(key, adapter_name)}.lora_E": kept for key, kept in (config.rank_pattern or {}).items()}
+    config.saved_rank_pattern = {} if pattern and config.use_dora_adaptive else None
     for key, kept in pattern.items():
-        indices = torch.as_tensor(kept).view(-1).nonzero().view(-1)
+        keeps = torch.as_tensor(kept).view(-1).bool()
+        name_of_E = f"{key}.{adapter_name}"
+        prefix = "" if name_of_E in saved else PREFIX
+        values = saved[prefix + name_of_E]
+        if config.saved_rank_pattern is not None:
+            if len(values) == len(keeps):
+                keeps = keeps | (whole(values).view(-1) != 0).to(keeps.device)
+            config.saved_rank_pattern[key] = keeps.tolist()
+        indices = keeps.nonzero().view(-1)
         for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
-            name = f"{layer_of_E(key, adapter_name)}.{part}.{adapter_name}"
-            name = name if name in saved else PREFIX + name
-            if saved[name].shape[dim] == len(kept) != len(indices):
+            name = f"{prefix}{layer_of_E(key, adapter_name)}.{part}.{adapter_name}"
+            if saved[name].shape[dim] == len(keeps) != len(indices):
                 saved[name] = saved[name].index_select(dim, indices.to(saved[name].device))
-    if pattern:
-        config.rank_pattern = {f"{layer_of_E(key, adapter_name)}.lora_E": kept for key, kept in pattern.items()}
+    config.rank_pattern = pattern or config.rank_pattern
     return saved
 
 

@@ -17,21 +17,23 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import stock_model as stock
+from .base_weight import check_not_shared, here
 from .config import AdaLoraConfig
 from .kept import generation
 from .layer import AdaLoraLayer, RankAllocator
-from .loading import BeforeLoading, fit_to_loaded_weights, keep_ranks_of_pattern, keep_saved_ranks
+from .loading import BeforeLoading, exact_weights, fit_to_loaded_weights, keep_ranks_of_pattern, keep_saved_ranks
 from .names import adapted_layers
+from .options import check_first_allocation, check_name, check_options
 from .regularization import orthogonality_loss
 from .targets import check_targets
 
@@ -60,12 +62,16 @@ class AdaLoraModel(stock.AdaLoraModel):
         if is_training and layers and isinstance(getattr(outputs, "loss", None), torch.Tensor):
             regularization = orthogonality_loss(layers, self.trainable_adapter_name)
             outputs.loss = outputs.loss + config.orth_reg_weight * regularization
+            self.adds_regularization = True
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model, for the time of which m / n of each layer is kept."""
         with generation(list(self._layers())):
             return self.model.generate(*args, **kwargs)
+
+    def _has_adadora(self) -> bool:
+        return any(config.use_dora_adaptive for config in self.peft_config.values())
 
     def _layers(self) -> Iterator[AdaLoraLayer]:
         return (module for module in self.model.modules() if isinstance(module, AdaLoraLayer))
@@ -74,14 +80,20 @@ class AdaLoraModel(stock.AdaLoraModel):
         config = self.peft_config[adapter_name]
         self._check_unmerge()  # because injecting sets the active adapter, which unmerges
         if config.use_dora_adaptive:
+            check_name(adapter_name)
             check_targets(self, model, config, kwargs.get("state_dict"), AdaLoraLayer.resolve_backend)
             if not config.inference_mode:
-                config.rank_pattern = None  # that of another adapter: this one starts with all its ranks
+                check_options(config, adapter_name)
+                # that of another adapter: this one starts with all its ranks
+                config.rank_pattern = config.saved_rank_pattern = None
         before = BeforeLoading(self)
         with warnings.catch_warnings():
             # the keys of AdaLoRA's pattern name E, not the module, so PEFT says that it ignores them
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.inference_mode and len(self.peft_config) > 1 and self._has_adadora():
+            for param in before.trainable:
+                param.requires_grad_(True)  # PEFT freezes all parameters with the name in theirs, at any place
         if config.use_dora_adaptive and config.inference_mode and config.rank_pattern:
             # at once, because transformers loads weights without asking for `resize_modules_by_rank_pattern`
             keep_ranks_of_pattern(adapted_layers(model, adapter_name), adapter_name, config.rank_pattern)
@@ -98,6 +110,13 @@ class AdaLoraModel(stock.AdaLoraModel):
             self.rankallocator = RankAllocator(model, config, adapter_name)
         if config.was_loaded or config.inference_mode:
             self.__dict__.setdefault("_before_loading", {})[adapter_name] = before
+
+    def _create_and_replace(
+        self, lora_config: AdaLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        with here(base_layer) if lora_config.use_dora_adaptive else nullcontext():
+            super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         layers = [layer for layer in self._layers() if adapter_name in layer.lora_magnitude]
@@ -136,11 +155,12 @@ class AdaLoraModel(stock.AdaLoraModel):
             layer.check_unmerge()
 
     def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-        for layer in self._layers():
-            adapter_name = layer.adapter_to_merge(adapter_names)
-            if adapter_name is not None and safe_merge:
-                with onload_layer(layer):
-                    layer.checked_merged_weight(adapter_name)
+        to_merge = {layer: layer.adapter_to_merge(adapter_names) for layer in self._layers()}
+        to_merge = {layer: adapter_name for layer, adapter_name in to_merge.items() if adapter_name is not None}
+        check_not_shared(self.model, list(to_merge))
+        for layer, adapter_name in to_merge.items() if safe_merge else ():
+            with here(layer.get_base_layer()):
+                layer.checked_merged_weight(adapter_name)
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
         self._check_merge(adapter_names, safe_merge)
@@ -154,6 +174,14 @@ class AdaLoraModel(stock.AdaLoraModel):
         if merge:
             self._check_merge(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
         return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """As PEFT's. Raises a `ValueError` at the first call if the schedule of an AdaDoRA adapter cannot work."""
+        allocator = self.rankallocator
+        if allocator.peft_config.use_dora_adaptive and not allocator.has_started:
+            check_first_allocation(self, global_step)
+        stock.AdaLoraModel.update_and_allocate(self, global_step)
+        allocator.has_started = True
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
@@ -177,7 +205,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         whole = copy.copy(config)
         whole.rank_pattern = None  # what PEFT does with it knows neither exact names nor adapters that were injected
         saved = super()._get_adapter_state_dict(model, whole, adapter_name, *args, **kwargs)
-        return keep_saved_ranks(saved, config, adapter_name)
+        return keep_saved_ranks(exact_weights(saved, model, config, adapter_name), config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -51,6 +51,11 @@ def name_in_file(key: str, adapter_name: str) -> str:
     return PREFIX + key.removeprefix(PREFIX).removesuffix(f".{adapter_name}")
 
 
+def is_part_of_name(adapter_name: str, key: str) -> bool:
+    """Whether an adapter is called like a module on the way to a weight."""
+    return adapter_name in key.split(".")
+
+
 def layers_of_state_dict(state_dict: dict[str, torch.Tensor], prefix: str) -> set[str]:
     """The names of the layers that the weights of an adapter are for."""
     return {key.rpartition(f".{prefix}")[0] for key in state_dict}

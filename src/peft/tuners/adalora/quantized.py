@@ -36,6 +36,8 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 
+from .targets import has_computed_weight
+
 
 # of which rows can be taken and dequantized
 TORCHAO_WEIGHTS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
@@ -65,6 +67,8 @@ class QuantizedRows:
 
 def resolve_backend(base_layer: nn.Module) -> Optional[QuantizationBackend]:
     """PEFT's backend for the weight of a layer, or `None` if it is not quantized."""
+    if has_computed_weight(base_layer):
+        return None
     weight = getattr(base_layer, "weight", None)
     kind = get_bnb_param_type(weight)
     if kind:

@@ -30,6 +30,33 @@ from .names import layers_of_state_dict
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# forward passes that are known to compute W x + b, or the convolution, of the weight and the bias of the module
+KNOWN_FORWARDS = {
+    "torch.nn.modules.linear.Linear.forward",
+    "torch.nn.modules.conv.Conv2d.forward",
+    "torch.nn.modules.conv.Conv2d._conv_forward",
+    "transformers.pytorch_utils.Conv1D.forward",
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
+    "bitsandbytes.nn.modules.Linear4bit.forward",
+    "bitsandbytes.nn.modules.Linear8bitLt.forward",
+}
+
+
+def has_computed_weight(module: nn.Module) -> bool:
+    """Whether the weight is made anew for each forward pass, as by weight_norm, spectral_norm, or pruning."""
+    # `hasattr` would compute it, which may change the module
+    is_parametrized = nn.utils.parametrize.is_parametrized(module, "weight")
+    return is_parametrized or isinstance(module.__dict__.get("weight"), torch.Tensor)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module computes anything but what is known, whatever its base class says."""
+    # accelerate's hooks replace the forward pass by one that calls it
+    forwards = [getattr(module, "_old_forward", module.forward), getattr(module, "_conv_forward", module.forward)]
+    functions = [getattr(forward, "__func__", forward) for forward in forwards]
+    names = {f"{getattr(function, '__module__', '')}.{function.__qualname__}" for function in functions}
+    return not names <= KNOWN_FORWARDS
+
 
 def check_magnitude_support(
     module: nn.Module,
@@ -53,10 +80,17 @@ def check_magnitude_support(
     Raises:
         `NotImplementedError`:
             If the module is none of `nn.Linear`, `Conv1D` of transformers, `nn.Conv2d`, or a linear layer whose weight
-            PEFT can dequantize, or if `fan_in_fan_out` does not say how it stores its weight.
+            PEFT can dequantize; if it has a forward pass of its own, or a computed weight; or if `fan_in_fan_out` does
+            not say how it stores its weight.
     """
     where = f"module {name!r}" if name else "the given module"
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if has_computed_weight(module):
+        raise NotImplementedError(
+            f"The weight of {where}, a {kind}, is computed for each forward pass, as by weight_norm, spectral_norm or "
+            "pruning, so a merged weight would not last; remove what computes it, or leave the module out of "
+            "`target_modules`."
+        )
     weight = getattr(module, "weight", None)
     if (
         not (backend.supports_merge if backend else isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)))
@@ -64,6 +98,7 @@ def check_magnitude_support(
         or not isinstance(weight, torch.Tensor)
         # never called: the attention takes its weight and makes the product itself
         or isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        or isinstance(weight, nn.parameter.UninitializedTensorMixin)
         or (backend is None and weight.dtype not in FLOAT_DTYPES)
     ):
         if isinstance(weight, torch.Tensor):
@@ -72,6 +107,11 @@ def check_magnitude_support(
             "`use_dora_adaptive=True` supports nn.Linear, transformers' Conv1D, nn.Conv2d, the 4-bit and 8-bit linear "
             f"layers of bitsandbytes, and weight-only quantization of torchao, but {where} is a {kind}; leave it out "
             "of `target_modules`."
+        )
+    if has_own_forward(module):
+        raise NotImplementedError(
+            f"The forward pass of {where}, a {kind}, is its own and not known to be that of a plain layer, so an "
+            "adapted weight may not be what it computes with; leave it out of `target_modules`."
         )
     if fan_in_fan_out is not None and fan_in_fan_out != isinstance(module, Conv1D):
         stored = "is not stored transposed" if fan_in_fan_out else "is stored transposed"
