@@ -610,6 +610,14 @@ class TestOptions:
         train(model)
         assert torch.equal(reloaded(model, tmp_path)(X), model(X))
 
+    @pytest.mark.parametrize("target_modules", [["first"], []])
+    def test_target_parameters_are_refused_before_the_model_is_touched(self, target_modules):
+        base = make_mlp()
+        before = state(base)
+        with pytest.raises(ValueError, match="target_parameters"):
+            get_peft_model(base, make_config(target_modules=target_modules, target_parameters=["middle.weight"]))
+        assert state(base) == before
+
     def test_several_are_named_together(self):
         config = make_config(target_modules=TARGETS, use_rslora=True, alpha_pattern={"first": 3})
         with pytest.warns(UserWarning, match="does not read `alpha_pattern`, `use_rslora`"):

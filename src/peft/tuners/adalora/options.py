@@ -36,7 +36,6 @@ UNREAD_OPTIONS = (
     "lora_ga_config",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
     "use_rslora",
@@ -55,13 +54,17 @@ def check_name(adapter_name: str) -> None:
 
 def check_options(config: AdaLoraConfig, adapter_name: str) -> None:
     """
-    Raise a `ValueError` if the schedule of an adapter that is to be trained cannot work, and warn of options that are
-    not read.
+    Raise a `ValueError` if the schedule of an adapter that is to be trained, or what it is to adapt, cannot work, and
+    warn of options that are not read.
     """
     if config.target_r > config.init_r:
         raise ValueError(
             f"`target_r={config.target_r}` is more than `init_r={config.init_r}`, the rank that pruning starts from; "
             "set `target_r` to at most `init_r`."
+        )
+    if config.target_parameters:
+        raise ValueError(
+            "AdaLoRA adapts modules, not single parameters; leave out `target_parameters` and set `target_modules`."
         )
     unread = [name for name in UNREAD_OPTIONS if getattr(config, name, None)]
     if not isinstance(config.init_lora_weights, bool):
