@@ -116,7 +116,8 @@ class AdaLoraModel(stock.AdaLoraModel):
     ) -> None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         with here(base_layer) if lora_config.use_dora_adaptive else nullcontext():
-            super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
+            # not `super()`, because MixedModel calls this as a function
+            stock.AdaLoraModel._create_and_replace(self, lora_config, adapter_name, target, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         layers = [layer for layer in self._layers() if adapter_name in layer.lora_magnitude]
@@ -180,8 +181,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         allocator = self.rankallocator
         if allocator.peft_config.use_dora_adaptive and not allocator.has_started:
             check_first_allocation(self, global_step)
-        stock.AdaLoraModel.update_and_allocate(self, global_step)
         allocator.has_started = True
+        stock.AdaLoraModel.update_and_allocate(self, global_step)
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
