@@ -64,6 +64,7 @@ LAYOUTS = {
     "view": lambda weight: torch.cat([torch.randn(3, 10), weight])[3:],
     "strided": lambda weight: torch.stack([weight, weight], dim=-1)[..., 0],
     "expanded": lambda weight: weight[:1].expand(8, 10),
+    "unfolded": lambda weight: weight.flatten().unfold(0, 10, 3)[:8],
     "expanded columns": lambda weight: weight[:, :1].expand(8, 10),
 }
 

@@ -95,8 +95,13 @@ def overwrite_base_weight(layer: nn.Module, values: torch.Tensor) -> None:
 
 
 def shares_rows(weight: torch.Tensor) -> bool:
-    """Whether elements of a weight lie in the same memory, as in an expanded one, which cannot be written to."""
-    return torch._debug_has_internal_overlap(weight) == 1
+    """Whether elements of a weight may lie in the same memory, as in an expanded one, which cannot be written to."""
+    last = 0  # of the elements that differ in the dimensions so far; an expanded one has a stride of 0
+    for stride, size in sorted(zip(weight.stride(), weight.shape)):
+        if size > 1 and stride <= last:
+            return True
+        last += (size - 1) * stride
+    return False
 
 
 def check_not_shared(model: nn.Module, layers: list[nn.Module]) -> None:
