@@ -98,8 +98,9 @@ def test_an_interval_is_that_of_a_paired_bootstrap(comparison):
 class TestPlan:
     @pytest.fixture
     def finished(self, comparison):
-        """The quick plan with an ablated cell, and a log of made-up records of all of its runs."""
-        plan = replace(comparison.plan.QUICK, ablated=comparison.plan.QUICK.cells[0])
+        """The quick plan with all tables, and a log of made-up records of all of its runs."""
+        quick = comparison.plan.QUICK
+        plan = replace(quick, ablated=quick.cells[0], loraplus=quick.cells[:1])
         log = {}
         for number, stage in enumerate(plan.stages(log)):
             for run in stage:
@@ -125,6 +126,16 @@ class TestPlan:
         assert all(trials[method] == trials["LoRA"] for method in METHODS)
         assert len(set(trials["LoRA"])) == 8
 
+    def test_both_groups_of_loraplus_have_the_same_trials_and_tests(self, comparison, finished):
+        plan, log = finished
+        cell = plan.loraplus[0]
+        for runs_of in (plan.loraplus_trials, plan.loraplus_tests):
+            first, second = (runs_of(log, cell, name) for name in comparison.ablations.LORAPLUS)
+            assert [replace(run, ablation=None) for run in first] == [replace(run, ablation=None) for run in second]
+            assert first != second
+        finalists = [plan.loraplus_finalists(log, cell, name) for name in comparison.ablations.LORAPLUS]
+        assert len(finalists[0]) == len(finalists[1]) == 2
+
     def test_nothing_is_chosen_with_test_examples(self, finished):
         plan, log = finished
         tested = [run for run in log if run.split == "test"]
@@ -139,7 +150,7 @@ class TestPlan:
     def test_all_that_the_tables_and_plots_need_was_run(self, comparison, finished, tmp_path):
         plan, log = finished
         names = [table.name for table in comparison.results.tables(plan, log)]
-        assert names == ["compared", "equal-parameters", "ablations", "cost", "chosen"]
+        assert names == ["compared", "equal-parameters", "ablations", "loraplus", "cost", "chosen"]
         comparison.figures.write_figures(plan, log, tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"accuracies.png", "gains.png", "ablations.png"}
 
@@ -165,13 +176,14 @@ class TestPlan:
         monkeypatch.setattr(comparison.results, "peak_memory", lambda run: 1)  # measured, not in the log
         plan = comparison.plan.FULL
         log = comparison.compare.read_finished_log(plan, FOLDER / "runs.jsonl")
-        page = (FOLDER.parents[1] / "docs/source/developer_guides/adadora_comparison.md").read_text().splitlines()
+        guides = FOLDER.parents[1] / "docs/source/developer_guides"
         tables = {table.name: table for table in comparison.results.tables(plan, log)}
-        for name in ("compared", "equal-parameters", "ablations", "chosen"):
+        pages = dict.fromkeys(("compared", "equal-parameters", "ablations", "chosen"), "adadora_comparison.md")
+        for name, page in (pages | {"loraplus": "adadora_training.md"}).items():
             rows = [line for line in tables[name].markdown().splitlines() if line.startswith("| ")][2:]
             assert len(rows) == len(tables[name].rows)
             for row in rows:
-                assert row in page
+                assert row in (guides / page).read_text().splitlines()
 
 
 class TestAblations:
@@ -215,6 +227,20 @@ class TestAblations:
         assert {id(param) for param in own["params"]} == {
             id(layer.lora_magnitude["default"]) for layer in self.layers(training)
         }
+
+    @pytest.mark.parametrize("name, ratio", [("LoRA+, m at the base rate", 1), ("LoRA+, m at B's rate", 16)])
+    def test_loraplus_has_the_magnitude_in_the_group_that_it_says(self, comparison, name, ratio):
+        training = self.make(comparison, name)
+        rates = {
+            id(param): group["initial_lr"] / training.run.lr
+            for group in training.optimizer.param_groups
+            for param in group["params"]
+        }
+        trained = {key: param for key, param in training.model.named_parameters() if param.requires_grad}
+        assert sum(len(group["params"]) for group in training.optimizer.param_groups) == len(trained)
+        for part, expected in (("lora_A", 1), ("lora_E", 1), ("lora_B", 16), ("lora_magnitude", ratio)):
+            of_part = [rates[id(param)] for key, param in trained.items() if part in key]
+            assert of_part == pytest.approx([expected] * len(self.layers(training)))
 
     def test_the_scale_follows_the_rank_that_is_kept(self, comparison):
         training = self.make(comparison, "scale by the rank kept")

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 
 
 ADAPTER = "default"
 NO_REGULARIZATION = 1e-9  # PEFT refuses 0
+LORAPLUS_RATIO = 16  # of B's learning rate to A's, as the authors of LoRA+ have it
 
 
 class Ablation:
@@ -115,6 +117,28 @@ class LoraStart(Ablation):
             nn.init.zeros_(layer.lora_B[ADAPTER])
 
 
+class LoraPlus(Ablation):
+    """
+    The groups of PEFT's `create_loraplus_optimizer`, which gives the magnitude the base learning rate.
+
+    Args:
+        magnitude_with_b: Give it B's instead, which the magnitude of PEFT's DoRA has.
+    """
+
+    def __init__(self, magnitude_with_b: bool) -> None:
+        self.magnitude_with_b = magnitude_with_b
+
+    def groups(self, model: PeftModel, lr: float) -> list[dict[str, Any]]:
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=LORAPLUS_RATIO)
+        base, *others = ({"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups)
+        if self.magnitude_with_b:
+            magnitudes = [layer.lora_magnitude[ADAPTER] for layer in layers(model)]
+            moved = {id(magnitude) for magnitude in magnitudes}
+            base["params"] = [param for param in base["params"] if id(param) not in moved]
+            others.append({"params": magnitudes, "lr": LORAPLUS_RATIO * lr})
+        return [base, *others]
+
+
 ABLATIONS = {
     "magnitude fixed": FixedMagnitude(),
     "norm in the gradient": DifferentiatedNorm(),
@@ -129,3 +153,8 @@ ABLATIONS = {
 }
 # another learning rate may suit these, so they have trials of their own
 TUNED = ("orthonormal start", "LoRA's start")
+# how LoRA+ can treat the magnitude, with base learning rates that are tuned
+LORAPLUS = {
+    "LoRA+, m at the base rate": LoraPlus(magnitude_with_b=False),
+    "LoRA+, m at B's rate": LoraPlus(magnitude_with_b=True),
+}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Optional
 
-from ablations import ABLATIONS, TUNED
+from ablations import ABLATIONS, LORAPLUS, TUNED
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run
 
 
@@ -21,6 +21,9 @@ TUNING_SEEDS = (1000, 1001)
 FINALISTS = 3
 # of the tuning runs, the ablations and the comparison at equal numbers of parameters
 RANK = 4
+# LoRA+ tries the learning rates alone, and has more seeds, because its two groups may differ by little
+LORAPLUS_FINALISTS = 2
+LORAPLUS_SEEDS = tuple(range(8))
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class Cell:
     ranks: tuple[int, ...]
 
 
+def best_with_second_run(log: Log, trials: list[Run], count: int, **changes: Any) -> list[list[Run]]:
+    runs = sorted(trials, key=lambda run: -log[run]["accuracy"])
+    return [[run, replace(run, seed=TUNING_SEEDS[1], **changes)] for run in runs[:count]]
+
+
+def best_of(log: Log, finalists: list[list[Run]]) -> Run:
+    return max(finalists, key=lambda runs: sum(log[run]["accuracy"] for run in runs))[0]
+
+
 @dataclass(frozen=True)
 class Plan:
     """
@@ -49,12 +61,14 @@ class Plan:
         trials: Learning rate, scale and schedule of the trials that each method has in each cell.
         seeds: Seeds of the runs that are tested.
         ablated: The cell of the ablations and of the comparison at equal numbers of parameters, if any.
+        loraplus: The cells where the groups of LoRA+ are compared.
     """
 
     cells: tuple[Cell, ...]
     trials: tuple[tuple[float, float, str], ...]
     seeds: tuple[int, ...]
     ablated: Optional[Cell] = None
+    loraplus: tuple[Cell, ...] = ()
 
     def tuning(self, cell: Cell, method: str, ablation: Optional[str] = None) -> list[Run]:
         adaptive = method in (ADALORA, ADADORA)
@@ -77,12 +91,10 @@ class Plan:
 
     def finalists(self, log: Log, cell: Cell, method: str, ablation: Optional[str] = None) -> list[list[Run]]:
         """Both runs of the best trials, of equals the first."""
-        runs = sorted(self.tuning(cell, method, ablation), key=lambda run: -log[run]["accuracy"])
-        return [[run, replace(run, seed=TUNING_SEEDS[1], rank=max(cell.ranks))] for run in runs[:FINALISTS]]
+        return best_with_second_run(log, self.tuning(cell, method, ablation), FINALISTS, rank=max(cell.ranks))
 
     def chosen(self, log: Log, cell: Cell, method: str, ablation: Optional[str] = None) -> Run:
-        finalists = self.finalists(log, cell, method, ablation)
-        return max(finalists, key=lambda runs: sum(log[run]["accuracy"] for run in runs))[0]
+        return best_of(log, self.finalists(log, cell, method, ablation))
 
     def tests(self, run: Run, **changes: Any) -> list[Run]:
         return [replace(run, seed=seed, split="test", **changes) for seed in self.seeds]
@@ -101,6 +113,19 @@ class Plan:
         rank = RANK + round((aim - this) / (lora / RANK))
         return self.tests(self.chosen(log, self.ablated, method), rank=rank)
 
+    def loraplus_trials(self, log: Log, cell: Cell, name: str) -> list[Run]:
+        """Each base learning rate, with the scale and the schedule of AdaDoRA without LoRA+."""
+        run = replace(self.chosen(log, cell, ADADORA), ablation=name)
+        return [replace(run, lr=lr) for lr in dict.fromkeys(lr for lr, _, _ in self.trials)]
+
+    def loraplus_finalists(self, log: Log, cell: Cell, name: str) -> list[list[Run]]:
+        return best_with_second_run(log, self.loraplus_trials(log, cell, name), LORAPLUS_FINALISTS)
+
+    def loraplus_tests(self, log: Log, cell: Cell, name: Optional[str]) -> list[Run]:
+        """With the groups of that name, or without LoRA+ if it is `None`."""
+        run = best_of(log, self.loraplus_finalists(log, cell, name)) if name else self.chosen(log, cell, ADADORA)
+        return [replace(run, seed=seed, split="test") for seed in LORAPLUS_SEEDS]
+
     def stages(self, log: Log) -> Iterator[list[Run]]:
         """All runs, in lists that need the records of those before."""
         for cell in self.cells:
@@ -113,19 +138,21 @@ class Plan:
             if cell == self.ablated:
                 yield [run for name in ABLATIONS for run in self.ablation(log, name)]
                 yield [run for method in (LORA, DORA) for run in self.equal_parameters(log, method)]
+        for cell in self.loraplus:
+            yield [run for name in LORAPLUS for run in self.loraplus_trials(log, cell, name)]
+            yield [runs[1] for name in LORAPLUS for runs in self.loraplus_finalists(log, cell, name)]
+            yield [run for name in (None, *LORAPLUS) for run in self.loraplus_tests(log, cell, name)]
 
 
+FEWEST = Cell("headlines", 50, steps=50, ranks=(2, 4, 8))
 ABLATED = Cell("headlines", 200, steps=100, ranks=(2, 4, 8))
+DIGITS = Cell("digits", 200, steps=100, ranks=(4,))
 FULL = Plan(
-    cells=(
-        Cell("headlines", 50, steps=50, ranks=(2, 4, 8)),
-        ABLATED,
-        Cell("headlines", None, steps=120, ranks=(2, 4, 8)),
-        Cell("digits", 200, steps=100, ranks=(4,)),
-    ),
+    cells=(FEWEST, ABLATED, Cell("headlines", None, steps=120, ranks=(2, 4, 8)), DIGITS),
     trials=TRIALS,
     seeds=(0, 1, 2, 3, 4),
     ablated=ABLATED,
+    loraplus=(FEWEST, DIGITS),
 )
 QUICK = Plan(
     cells=(Cell("headlines", 50, steps=30, ranks=(4,)), Cell("digits", 200, steps=30, ranks=(4,))),

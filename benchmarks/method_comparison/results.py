@@ -6,9 +6,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from ablations import ABLATIONS, TUNED
+from ablations import ABLATIONS, LORAPLUS, LORAPLUS_RATIO, TUNED
 from counters import peak_bytes
-from plan import RANK, Cell, Log, Plan
+from plan import LORAPLUS_SEEDS, RANK, Cell, Log, Plan
 from report import Table
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run, Training
 
@@ -107,6 +107,30 @@ def ablation_rows(plan: Plan, log: Log) -> list[dict[str, Any]]:
     return rows
 
 
+def loraplus_rows(plan: Plan, log: Log, cell: Cell) -> list[dict[str, Any]]:
+    runs = {name: plan.loraplus_tests(log, cell, name) for name in (None, *LORAPLUS)}
+    base = next(iter(LORAPLUS))
+    rows = []
+    for name, tests in runs.items():
+        trials = plan.loraplus_trials(log, cell, name) if name else []
+        finalists = plan.loraplus_finalists(log, cell, name) if name else []
+        rows.append(
+            {
+                **labels(cell),
+                "groups": name or "no LoRA+",
+                "learning rate": f"{tests[0].lr:g}",
+                "all trials": ", ".join(percent(log[run]["accuracy"]) for run in trials),
+                "second run of the best": ", ".join(
+                    f"{run.lr:g}: {percent(log[final]['accuracy'])}" for run, final in finalists
+                ),
+                "accuracy": mean_and_deviation(log, tests),
+                "more than without": interval(difference(log, tests, runs[None])) if name else "",
+                "more than at the base rate": "" if name == base else interval(difference(log, tests, runs[base])),
+            }
+        )
+    return rows
+
+
 def settings(run: Run) -> dict[str, Any]:
     return {"learning rate": f"{run.lr:g}", "scale": f"{run.scale:g}", "schedule": run.schedule or ""}
 
@@ -170,6 +194,17 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             ),
             Table("ablations", "AdaDoRA with one thing changed", ablation_rows(plan, log), f"{where}, rank {RANK}."),
         ]
+    if plan.loraplus:
+        result.append(
+            Table(
+                "loraplus",
+                f"AdaDoRA with LoRA+, of ratio {LORAPLUS_RATIO}",
+                [row for cell in plan.loraplus for row in loraplus_rows(plan, log, cell)],
+                f"Rank {RANK}, {len(LORAPLUS_SEEDS)} seeds. The trials are base learning rates of "
+                f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, of which the better half has a "
+                "second run; all else is as chosen without LoRA+.",
+            )
+        )
     return result + [
         Table("cost", "Cost", [cost_row(plan, log, method) for method in METHODS], "Time of the CPU, one thread."),
         Table(

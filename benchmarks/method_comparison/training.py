@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
 import torch
-from ablations import ABLATIONS, Ablation
+from ablations import ABLATIONS, LORAPLUS, Ablation
 from tasks import Example, Task, model_folder, task
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
 
@@ -109,7 +109,7 @@ class Training:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.data = task(run.task)
-        self.ablation = ABLATIONS[run.ablation] if run.ablation else Ablation()
+        self.ablation = (ABLATIONS | LORAPLUS)[run.ablation] if run.ablation else Ablation()
         set_seed(run.seed)
         base_model = AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=self.data.labels)
         self.model = get_peft_model(base_model, config(run))
