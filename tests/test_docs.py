@@ -1,6 +1,7 @@
 """The code blocks of README and docs run as they stand, and the commands that they name exist."""
 
 import ast
+import contextlib
 import functools
 import os
 import re
@@ -34,15 +35,19 @@ def with_blocks(language: str) -> list:
 
 
 @pytest.mark.parametrize("page", with_blocks("python"))
-def test_the_python_blocks_of_a_page_run_in_their_order(page, tmp_path):
+def test_the_python_blocks_of_a_page_run_in_their_order_and_print_the_numbers_beside_them(page, tmp_path):
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page, "python")))
-    assert run_in_process(run_page, script) == 0
+    printed = tmp_path / "printed.txt"
+    assert run_in_process(run_page, script, printed) == 0
+    said = re.findall(r"^print\(.*\)  # ([\d.]+)$", script.read_text(), flags=re.MULTILINE)
+    assert [line for line in printed.read_text().splitlines() if line in said] == said
 
 
-def run_page(script: Path) -> None:
+def run_page(script: Path, printed: Path) -> None:
     os.chdir(script.parent)
-    runpy.run_path(str(script), run_name="__main__")
+    with printed.open("w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 @functools.cache

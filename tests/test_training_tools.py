@@ -6,10 +6,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub import ModelCard
-from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, make_trainer
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trainer_run import STEPS, RandomTokens, make_adalora_config, make_arguments, make_llama, make_trainer
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.adalora import AdaLoraCallback
 
 
@@ -103,6 +104,106 @@ def test_after_prepare_model_for_kbit_training():
     grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
     assert all(torch.isfinite(grad).all() for grad in grads.values())
     assert any(grad.abs().max() > 0 for name, grad in grads.items() if "lora_magnitude" in name)
+
+
+CONFIGS = pytest.mark.parametrize(
+    "config",
+    [
+        make_adalora_config(lora_dropout=0.0),
+        LoraConfig(use_dora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    ],
+    ids=["adadora", "dora"],
+)
+
+
+class KeepsMagnitudes(Trainer):
+    """As the docs have it."""
+
+    def get_decay_parameter_names(self, model):
+        return [name for name in super().get_decay_parameter_names(model) if "lora_magnitude" not in name]
+
+
+def move_magnitudes(optimizer, model):
+    """As the docs have it."""
+    magnitudes = {param for name, param in model.named_parameters() if "lora_magnitude" in name}
+    base, *_, last = optimizer.param_groups
+    last["params"] += [param for param in base["params"] if param in magnitudes]
+    base["params"] = [param for param in base["params"] if param not in magnitudes]
+
+
+def trained_by(model):
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def after_a_step(model, folder, trainer_class=Trainer, optimizer=None):
+    arguments = make_arguments(
+        folder, max_steps=1, lr_scheduler_type="constant", weight_decay=0.1, max_grad_norm=0.0, save_strategy="no"
+    )
+    trainer = trainer_class(model, arguments, train_dataset=RandomTokens(), optimizers=(optimizer, None))
+    trainer.train()
+    return {name: param.detach().clone() for name, param in trained_by(model).items()}
+
+
+@CONFIGS
+def test_weight_decay_of_the_trainer_shrinks_magnitudes_unless_their_names_are_left_out(config, tmp_path):
+    before = {name: param.detach().clone() for name, param in trained_by(get_peft_model(make_llama(), config)).items()}
+    decayed, kept = (
+        after_a_step(get_peft_model(make_llama(), config), tmp_path, trainer_class)
+        for trainer_class in (Trainer, KeepsMagnitudes)
+    )
+    assert any("lora_magnitude" in name for name in before)
+    for name, start in before.items():
+        shrunk_by = 1e-2 * 0.1 * start if "lora_magnitude" in name else torch.zeros_like(start)
+        torch.testing.assert_close(kept[name] - decayed[name], shrunk_by, rtol=1e-3, atol=1e-7)
+        if "lora_A" in name:
+            assert not torch.equal(start, kept[name])
+
+
+def rates_and_decays(optimizer, model, part):
+    names = {id(param): name for name, param in trained_by(model).items()}
+    return {
+        (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if part in names[id(param)]
+    }
+
+
+def make_loraplus(model):
+    return create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+    )
+
+
+@CONFIGS
+def test_loraplus_gives_the_magnitude_the_base_rate_where_it_gives_that_of_dora_the_rate_of_b(config):
+    model = get_peft_model(make_llama(), config)
+    optimizer = make_loraplus(model)
+    assert rates_and_decays(optimizer, model, "lora_A") == {(1e-3, 0.1)}
+    assert rates_and_decays(optimizer, model, "lora_B") == {(1.6e-2, 0.1)}
+    rate = 1.6e-2 if config.peft_type == "LORA" else 1e-3
+    assert rates_and_decays(optimizer, model, "lora_magnitude") == {(rate, 0.1)}
+
+
+def test_magnitudes_that_are_moved_learn_at_the_rate_of_b_and_do_not_decay(tmp_path):
+    model = get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0))
+    optimizer = make_loraplus(model)
+    move_magnitudes(optimizer, model)
+    grouped = [id(param) for group in optimizer.param_groups for param in group["params"]]
+    assert sorted(grouped) == sorted(map(id, trained_by(model).values()))
+    for part, expected in (
+        ("lora_A", (1e-3, 0.1)),
+        ("lora_E", (1e-3, 0.1)),
+        ("lora_B", (1.6e-2, 0.1)),
+        ("lora_magnitude", (1.6e-2, 0.0)),
+    ):
+        assert rates_and_decays(optimizer, model, part) == {expected}
+
+    before = {name: param.detach().clone() for name, param in trained_by(model).items()}
+    after = after_a_step(model, tmp_path, optimizer=optimizer)
+    # the first step of Adam is the learning rate
+    steps = torch.cat([(after[name] - before[name]).abs() for name in before if "lora_magnitude" in name])
+    torch.testing.assert_close(steps.median(), torch.tensor(1.6e-2), rtol=1e-3, atol=0)
 
 
 def test_magnitudes_learn_in_trl_which_casts_adapters_of_quantized_models_to_bfloat16(tmp_path):
