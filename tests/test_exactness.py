@@ -611,7 +611,7 @@ def evaluate(layer: nn.Module, x: torch.Tensor) -> None:
 
 
 @of_kinds()
-@in_modes("training", "no_grad", "DoraCaching")
+@in_modes("training", "DoraCaching")
 @pytest.mark.parametrize("name", TRACERS)
 def test_a_trace_is_right_also_after_a_training_step_and_an_evaluation(kind, mode, name):
     check_tracer(kind, mode, name, [lambda layer, x: None, take_a_step, evaluate])

@@ -255,7 +255,10 @@ class TestPlaces:
         folder = Path(run.args.output_dir) / "checkpoint-6"
         report = read_report(folder)
         assert report.folder == folder and report.log[-1]["step"] == 6
-        assert report.rank == report.kept(report.log[-1]) > 2 * len(report.modules)
+        weights = load_file(folder / "adapter_model.safetensors")
+        assert report.rank == sum(len(value) for key, value in weights.items() if key.endswith("lora_E"))
+        # between two allocations AdaDoRA saves what the optimizer has moved off zero again, too
+        assert report.rank >= report.kept(report.log[-1]) > 2 * len(report.modules)
 
     def test_an_adapter_in_the_output_folder_goes_before_the_checkpoints(self, tmp_path):
         trainer = make_trainer(tmp_path, save_steps=8)
