@@ -219,6 +219,39 @@ class TestLogs:
         assert not any("adalora_magnitude_drift" in logs for logs in trainer.state.log_history)
 
 
+class TestRegularization:
+    """AdaLoRA's regularization reaches the loss of the Trainer, or one warning says that it does not."""
+
+    def train(self, folder, model=None, **kwargs) -> int:
+        arguments = {name: kwargs.pop(name) for name in ("label_smoothing_factor",) if name in kwargs}
+        trainer = Trainer(
+            model or get_peft_model(make_llama(), make_adalora_config()),
+            make_arguments(folder, save_strategy="no", max_steps=10, **arguments),
+            train_dataset=RandomTokens(),
+            callbacks=[AdaLoraCallback()],
+            **kwargs,
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        return len([warning for warning in caught if "regularization has not reached" in str(warning.message)])
+
+    def test_it_reaches_that_of_the_model(self, tmp_path):
+        assert self.train(tmp_path) == 0
+
+    def test_not_that_of_the_label_smoother(self, tmp_path):
+        assert self.train(tmp_path, label_smoothing_factor=0.1) == 1
+
+    def test_not_that_of_a_function(self, tmp_path):
+        def compute_loss(outputs, labels, num_items_in_batch=None):
+            return torch.nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten())
+
+        assert self.train(tmp_path, compute_loss_func=compute_loss) == 1
+
+    def test_not_that_of_a_model_with_an_injected_adapter(self, tmp_path):
+        assert self.train(tmp_path, inject_adapter_in_model(make_adalora_config(), make_llama())) == 1
+
+
 class TestInjected:
     @pytest.mark.parametrize("inject", ["add_adapter", "inject_adapter_in_model"])
     def test_training_saving_and_loading(self, inject, tmp_path):
@@ -393,14 +426,17 @@ class TestCheckpoint:
             eval_dataset=RandomTokens(),
         )
         # the best step is 9, when other ranks were kept than at the end
-        evaluate = trainer.evaluate
-        trainer.evaluate = lambda *args, **kwargs: {
-            **evaluate(*args, **kwargs),
-            "eval_worst": -abs(trainer.state.global_step - 9),
-        }
+        evaluate, tokens, live = trainer.evaluate, RandomTokens()[3]["input_ids"][None], {}
+
+        def evaluate_and_note(*args, **kwargs):
+            metrics = evaluate(*args, **kwargs)
+            live[trainer.state.global_step] = trainer.model.eval()(tokens).logits.detach()
+            return {**metrics, "eval_worst": -abs(trainer.state.global_step - 9)}
+
+        trainer.evaluate = evaluate_and_note
         trainer.train()
         expected = PeftModel.from_pretrained(make_llama(), tmp_path / "checkpoint-9").eval()
-        tokens = RandomTokens()[3]["input_ids"][None]
+        torch.testing.assert_close(expected(tokens).logits, live[9])
         torch.testing.assert_close(trainer.model.eval()(tokens).logits, expected(tokens).logits)
         trainer.save_model(tmp_path / "best")
         again = PeftModel.from_pretrained(make_llama(), tmp_path / "best").eval()
