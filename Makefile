@@ -21,7 +21,7 @@ style: .venv/installed  ## format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/installed  ## time, memory and accuracy against PEFT's AdaLoRA and DoRA (about 22 minutes)
+bench: .venv/installed  ## time, memory and accuracy against PEFT's AdaLoRA and DoRA (about half an hour)
 	$(INSTALL) -e '.[bench]'
 	$(BIN)/python benchmarks/run.py --output build/benchmarks
 

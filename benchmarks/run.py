@@ -1,6 +1,6 @@
 """Measure what AdaDoRA costs against PEFT's AdaLoRA and DoRA, in time and memory, and how exact its norm is.
 
-    python benchmarks/run.py                        everything, in about 22 minutes on two cores
+    python benchmarks/run.py                        everything, in about half an hour on two cores
     python benchmarks/run.py --quick                a few shapes of everything, in about 3 minutes
     python benchmarks/run.py --only layer,memory    some sections
     python benchmarks/run.py --device cuda --gbps 3350 --tflops 989
