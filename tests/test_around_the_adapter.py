@@ -40,6 +40,14 @@ def assert_near(actual, expected) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
+def assert_refused(base, error, match, **options) -> None:
+    """An adapter with these options is refused, and the model is as it was."""
+    before = state(base)
+    with pytest.raises(error, match=match):
+        get_peft_model(base, make_config(**options))
+    assert state(base) == before
+
+
 def trained(model):
     """The model in eval mode, with adapters that look trained."""
     for module in model.modules():
@@ -221,10 +229,7 @@ class TestComputedWeights:
     @pytest.mark.parametrize("how", COMPUTED)
     def test_is_refused_by_its_path_before_the_model_is_touched(self, how, make):
         base = nn.Sequential(nn.Linear(4, 4), COMPUTED[how](make()))
-        before = state(base)
-        with pytest.raises(NotImplementedError, match="'1'.*computed"):
-            get_peft_model(base, make_config(target_modules=["0", "1"]))
-        assert state(base) == before
+        assert_refused(base, NotImplementedError, "'1'.*computed", target_modules=["0", "1"])
 
     @pytest.mark.parametrize("how", COMPUTED)
     def test_that_came_to_be_computed_later_is_not_merged_into(self, how):
@@ -282,10 +287,7 @@ class TestForwardsOfTheirOwn:
     @pytest.mark.parametrize("kind", OWN_FORWARDS)
     def test_are_refused_by_their_path_before_the_model_is_touched(self, kind):
         base = nn.Sequential(nn.Linear(4, 4), OWN_FORWARDS[kind]())
-        before = state(base)
-        with pytest.raises(NotImplementedError, match="forward pass of module '1'"):
-            get_peft_model(base, make_config(target_modules=["0", "1"]))
-        assert state(base) == before
+        assert_refused(base, NotImplementedError, "forward pass of module '1'", target_modules=["0", "1"])
 
     @pytest.mark.parametrize("kind", OWN_FORWARDS)
     def test_are_left_to_peft_with_the_flag_off(self, kind):
@@ -549,11 +551,8 @@ class TestOffloadedWeights:
 class TestSchedules:
     @pytest.mark.parametrize("target_r", [7, 60])
     def test_a_target_above_the_initial_rank_is_refused(self, target_r):
-        base = make_mlp()
-        before = state(base)
-        with pytest.raises(ValueError, match=f"`target_r={target_r}` is more than `init_r=6`"):
-            get_peft_model(base, make_config(target_modules=TARGETS, target_r=target_r))
-        assert state(base) == before
+        match = f"`target_r={target_r}` is more than `init_r=6`"
+        assert_refused(make_mlp(), ValueError, match, target_modules=TARGETS, target_r=target_r)
 
     @pytest.mark.parametrize("step", [15, 16, 19, 100])
     def test_a_first_allocation_after_the_budget_phase_is_refused(self, step):
@@ -613,11 +612,8 @@ class TestOptions:
 
     @pytest.mark.parametrize("target_modules", [["first"], []])
     def test_target_parameters_are_refused_before_the_model_is_touched(self, target_modules):
-        base = make_mlp()
-        before = state(base)
-        with pytest.raises(ValueError, match="target_parameters"):
-            get_peft_model(base, make_config(target_modules=target_modules, target_parameters=["middle.weight"]))
-        assert state(base) == before
+        options = {"target_modules": target_modules, "target_parameters": ["middle.weight"]}
+        assert_refused(make_mlp(), ValueError, "target_parameters", **options)
 
     def test_several_are_named_together(self):
         config = make_config(target_modules=TARGETS, use_rslora=True, alpha_pattern={"first": 3})

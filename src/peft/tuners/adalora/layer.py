@@ -187,10 +187,9 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         """Merge an AdaDoRA adapter, see `merge`."""
         parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude)
         with gather_params_ctx([self.get_base_layer().weight, *(part[adapter_name] for part in parts)]):
-            merged = base_weight(self)
             if safe_merge:
                 merged = self.checked_merged_weight(adapter_name)
-            elif shares_rows(merged):
+            elif shares_rows(merged := base_weight(self)):
                 merged = self.lora_variant[adapter_name].merge_safe(self, adapter_name, merged)
             else:
                 self.lora_variant[adapter_name].merge_unsafe(self, adapter_name, merged)

@@ -93,8 +93,7 @@ def check_first_allocation(tuner: Any, global_step: int) -> None:
     if global_step > last and not config.rank_pattern or global_step == last and not tuner.rankallocator.exp_avg_ipt:
         raise ValueError(
             f"`update_and_allocate({global_step})` is the first call, but the schedule ends its budget phase at step "
-            f"{last}, so no ranks have been decided; call it after each optimizer step, "
-            "from the first one on."
+            f"{last}, so no ranks have been decided; call it after each optimizer step, from the first one on."
         )
     for name, layer in adapted_layers(tuner.model, adapter_name).items():
         rank = whole_shape(layer.lora_E[adapter_name])[0]
