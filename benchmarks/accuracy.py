@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from cases import dtype_name
 from report import Table
 from settings import Settings
 
+from peft.tuners.adalora import adadora
 from peft.tuners.adalora.adadora import squared_adapted_row_norm
 from peft.tuners.lora.dora import DoraLinearLayer
 
@@ -75,10 +77,21 @@ def dense_norm(factors: Factors) -> torch.Tensor:
     return DoraLinearLayer(fan_in_fan_out=False).get_weight_norm(factors.weight, factors.update(), scaling=1)
 
 
+def in_one_product(factors: Factors) -> torch.Tensor:
+    """The row norms (out,) as a GPU makes them of a weight in low precision, whose products it sums up in float32."""
+
+    def product(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    with patch.object(adadora, "multiplies_into_float32", lambda weight: True), patch.object(torch, "mm", product):
+        return squared_adapted_row_norm(*vars(factors).values()).sqrt().view(-1)
+
+
 def norms(factors: Factors) -> dict[str, torch.Tensor]:
     """Row norms (out,) of a weight in low precision with a float32 adapter, computed in different ways."""
     return {
         "from the factors": squared_adapted_row_norm(*vars(factors).values()).sqrt().view(-1),
+        "from the factors in one product": in_one_product(factors),
         "dense in the weight's dtype": dense_norm(factors.to(factors.weight.dtype)),
         "dense in float32": dense_norm(factors.to(torch.float32)),
     }

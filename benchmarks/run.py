@@ -19,11 +19,13 @@ import accuracy
 import allocator
 import compiled
 import growth
+import launches
 import layer
 import memory
 import merging
 import model
 import norm
+import step
 import torch
 from plot import write_plots
 from report import environment, heading, write_json
@@ -41,6 +43,8 @@ SECTIONS = {
     "accuracy": accuracy,
     "merging": merging,
     "allocator": allocator,
+    "step": step,
+    "launches": launches,
 }
 
 

@@ -55,7 +55,14 @@ class Variant:
 
 
 def adalora_config(rank: int, **kwargs: Any) -> AdaLoraConfig:
-    schedule = {"init_r": rank, "target_r": max(1, rank // 2), "tinit": 100, "tfinal": 100, "total_step": 1000}
+    schedule = {
+        "init_r": rank,
+        "target_r": max(1, rank // 2),
+        "tinit": 100,
+        "tfinal": 100,
+        "total_step": 1000,
+        "deltaT": 1,
+    }
     return AdaLoraConfig(**schedule, lora_alpha=LORA_ALPHA, **kwargs)
 
 

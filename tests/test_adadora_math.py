@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import Reference, relative_error
 from torch import nn
 
-from peft.tuners.adalora import SVDLinear
+from peft.tuners.adalora import SVDLinear, adadora
 from peft.tuners.adalora.adadora import squared_adapted_row_norm
 
 
@@ -265,6 +265,27 @@ def test_rounding_never_makes_a_squared_norm_negative():
     assert squared_norm.shape == (1000, 1)
     assert (squared_norm >= 0).all()
     assert 0.1 < (squared_norm == 0).float().mean() < 1
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("rank", [0, 1, 12])
+def test_the_one_product_that_a_gpu_makes_is_as_exact_as_float32(monkeypatch, dtype, rank):
+    dtypes = []
+
+    def product_into_float32(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        dtypes.append((left.dtype, right.dtype, out_dtype))
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    weight, lora_A = torch.randn(200, 300).to(dtype), torch.randn(rank, 300)
+    scaled_E, lora_B = torch.randn(rank, 1), torch.randn(200, rank)
+    expected = (weight.double() + (lora_B @ (scaled_E * lora_A)).double()).square().sum(dim=1, keepdim=True)
+    in_blocks = squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B)
+    monkeypatch.setattr(adadora, "multiplies_into_float32", lambda weight: True)
+    monkeypatch.setattr(torch, "mm", product_into_float32)
+    at_once = squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B)
+    assert dtypes == [(dtype, dtype, torch.float32)]
+    for squared_norm in (in_blocks, at_once):
+        assert ((squared_norm - expected) / expected).abs().max() < 1e-5
 
 
 def test_a_layer_pruned_to_rank_zero_keeps_its_magnitude():

@@ -640,8 +640,35 @@ class TestRegularization:
     def llama(self, **kwargs):
         torch.manual_seed(0)
         sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-        base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+        base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
         return get_peft_model(base, make_config(target_modules=["q_proj", "v_proj"], **kwargs))
+
+    @pytest.mark.parametrize("rank", [6, 3, 0])
+    def test_its_value_and_gradient_are_those_of_the_formula(self, rank):
+        tokens = torch.arange(10).view(1, -1)
+        losses, gradients = [], []
+        for weight in (0.0, 20.0):
+            model = self.llama(task_type="CAUSAL_LM", orth_reg_weight=weight)
+            pattern = {"model.layers.0.self_attn.v_proj.lora_E": [True] * rank + [False] * (6 - rank)}
+            model.base_model.resize_modules_by_rank_pattern(pattern, "default")
+            layers = svd_layers(model).values()
+            for layer in layers:
+                train_by_hand(layer)
+            matrices = [part["default"] for layer in layers for part in (layer.lora_A, layer.lora_B)]
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append([matrix.grad for matrix in matrices])
+
+        exact = [matrix.detach().double().requires_grad_() for matrix in matrices]
+        products = [part for A, B in zip(exact[::2], exact[1::2]) for part in (A @ A.T, B.T @ B)]
+        norms = [(product - torch.eye(len(product))).square().sum().sqrt() for product in products]
+        term = 20 * sum(norms) / len(norms)
+        term.backward()
+        assert losses[1] - losses[0] == pytest.approx(term.item(), rel=1e-6)
+        for without, with_term, matrix in zip(*gradients, exact):
+            expected = without + matrix.grad
+            assert torch.allclose(with_term.double(), expected, rtol=0, atol=1e-6 * float(expected.norm()))
 
     def step(self, model, with_labels=True):
         tokens = torch.arange(10).view(1, -1)

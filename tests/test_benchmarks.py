@@ -306,6 +306,52 @@ def test_the_command_prints_and_writes_the_sections_asked_for(tmp_path):
     assert json.loads((tmp_path / "benchmarks.json").read_text())["tables"].keys() == {"accuracy"}
 
 
+class TestLaunches:
+    """The counts are exact, so these hold what a training step asks of a GPU."""
+
+    def test_views_and_allocations_are_no_launches(self, bench):
+        with bench.launches.Launches() as counter:
+            x = torch.empty(6, 4, device="meta")
+            x.T.reshape(2, 12).view(4, 6)[1:].detach().split(2)
+            assert counter.count == 1  # to reshape a transposed matrix copies it
+            x += 1
+        assert counter.count == 2
+
+    def test_the_price_is_that_of_bytes_operations_or_the_launch(self, bench):
+        def price(rows: int, columns: int, dtype: torch.dtype) -> float:
+            matrix = torch.empty(rows, columns, dtype=dtype, device="meta")
+            with bench.launches.Launches(gbps=1000, tflops=100, float32_tflops=10) as counter:
+                matrix @ matrix.T
+            return counter.price
+
+        assert price(2, 2, torch.float32) == bench.launches.LAUNCH_SECONDS
+        assert price(10**4, 10**4, torch.bfloat16) == pytest.approx(2e12 / 100e12)
+        assert price(10**4, 10**4, torch.float32) == pytest.approx(2e12 / 10e12)
+        assert price(10**4, 1, torch.float32) == pytest.approx(4 * (10**8 + 2 * 10**4) / 1e12)
+
+    @pytest.mark.parametrize("kind, most", [("bfloat16", 453), ("float32", 380), ("4-bit", 467)])
+    def test_a_layer_takes_no_more_of_them_at_any_size(self, bench, kind, most):
+        if kind == "4-bit":
+            pytest.importorskip("bitsandbytes")
+        counts = [
+            bench.launches.one_layer("AdaDoRA", kind, tokens, width) for tokens, width in ((8, 1024), (16, 2048))
+        ]
+        assert [count["total"] for count in counts] == [most, most]
+        assert counts[0]["allocate"] == 0
+
+    def test_the_count_of_pefts_adalora_is_without_us(self, bench):
+        arguments = {"variant": "AdaLoRA", "kind": "bfloat16", "tokens": 8, "width": 1024}
+        ours, stock = bench.launches.one_layer(**arguments), bench.launches.without_us(**arguments)
+        assert (ours["allocate"], stock["allocate"]) == (0, 42 * 7)
+        assert ours["forward"] == stock["forward"]
+
+
+def test_steps_are_timed_in_processes_that_take_turns(bench, settings):
+    (table,) = bench.step.tables(settings)
+    assert len(table.rows[0]["AdaDoRA"].values) == 3
+    assert min(table.rows[0]["PEFT's AdaLoRA (ms)"].values) > 0
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [(["--only", "layers"], "no section layers; there are layer,"), (["--device", "cuda"], "--device cpu")],

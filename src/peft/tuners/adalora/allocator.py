@@ -17,6 +17,7 @@
 import warnings
 from collections.abc import Hashable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -175,27 +176,52 @@ class RankAllocator(stock.RankAllocator):
         Returns:
             `dict[str, list[bool]]`: Which triplets are kept, by the name of each `lora_E` in the model.
         """
-        scores = {}
-        for name in self.name_set:
-            lora_A, lora_E, lora_B = (self._element_score(name % part) for part in FACTORS)
-            scores[name % "lora_E"] = lora_E.view(-1) + (lora_A.mean(dim=1) + lora_B.mean(dim=0))
+        scores = self._triplet_scores()
         pruned = self.init_bgt - budget
-        threshold = torch.cat(list(scores.values())).kthvalue(pruned)[0].item() if pruned else -torch.inf
-        rank_pattern = {name: (~(score <= threshold)).tolist() for name, score in scores.items()}
+        threshold = scores.kthvalue(pruned)[0] if pruned else -torch.inf
+        ranks = [len(self.exp_avg_ipt[name % "lora_E"]) for name in self.name_set]
+        kept = iter((~(scores <= threshold)).tolist())
+        rank_pattern = {name % "lora_E": list(islice(kept, rank)) for name, rank in zip(self.name_set, ranks)}
         self.mask_using_rank_pattern(model, rank_pattern)
         return rank_pattern
+
+    def _triplet_scores(self) -> torch.Tensor:
+        """
+        The importance of all triplets, one layer of `name_set` after the other. As PEFT's, it is that of the singular
+        value and the mean of those of the two vectors; the means of parameters of equal shape are taken at once.
+        """
+        scores = []
+        for part, dim in (("lora_E", 1), ("lora_A", 1), ("lora_B", 0)):
+            groups, means = {}, {}
+            for name in self.name_set:
+                score = self.exp_avg_ipt[name % part]
+                groups.setdefault((score.shape, score.dtype, score.device), []).append(name)
+            for names in groups.values():
+                ipt, unc = (
+                    torch.stack([score[name % part] for name in names])
+                    for score in (self.exp_avg_ipt, self.exp_avg_unc)
+                )
+                means.update(zip(names, ipt.mul_(unc).mean(dim=1 + dim)))
+            scores.append(torch.cat([means[name] for name in self.name_set]))
+        score_of_E, score_of_A, score_of_B = scores
+        return score_of_E + (score_of_A + score_of_B)
 
     @torch.no_grad()
     def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:
         """Set the singular values that a rank pattern, with or without the adapter's name, prunes to zero."""
         layers = adapted_layers(model, self.adapter_name)
+        groups = {}
         for key, kept in rank_pattern.items():
             lora_E = layers[layer_of_E(key, self.adapter_name)].lora_E[self.adapter_name]
-            pruned = ~torch.as_tensor(kept, device=lora_E.device).bool().view(-1, 1)
+            mask = torch.as_tensor(kept).bool().view(-1, 1)
             if is_sharded(lora_E) or has_master_copy(lora_E):
-                copy_whole_(lora_E, whole(lora_E).masked_fill(pruned, 0.0))
+                copy_whole_(lora_E, whole(lora_E).masked_fill(~mask.to(lora_E.device), 0.0))
             else:
-                lora_E.masked_fill_(pruned, 0.0)
+                groups.setdefault((lora_E.device, lora_E.dtype), []).append((lora_E, mask))
+        for (device, _), params in groups.items():
+            values, masks = (torch.cat(tensors) for tensors in zip(*params))
+            values.masked_fill_(~masks.to(device), 0.0)
+            torch._foreach_copy_([lora_E for lora_E, _ in params], values.split([len(mask) for _, mask in params]))
 
     def _full_names(self, rank_pattern: dict[str, Any]) -> dict[str, Any]:
         """The rank pattern by the names of `lora_E` in the model; saving an adapter drops its name from them."""

@@ -139,7 +139,7 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         """A, c · E and B of the update ΔW = B (c · E ⊙ A), c · E in float32 at least."""
         ranknum = self.ranknum[adapter_name]
         ranknum = ranknum.to(norm_dtype(ranknum.dtype))
-        scaled_E = self.lora_E[adapter_name] * (self.scaling[adapter_name] / (ranknum + 1e-5))
+        scaled_E = self.lora_E[adapter_name] / ((ranknum + 1e-5) / self.scaling[adapter_name])
         return self.lora_A[adapter_name], scaled_E, self.lora_B[adapter_name]
 
     def _forget(self) -> None:

@@ -14,6 +14,8 @@
 
 """AdaLoRA's regularization of the factors towards orthogonality."""
 
+from collections import defaultdict
+
 import torch
 from torch import nn
 
@@ -21,13 +23,17 @@ from torch import nn
 def orthogonality_loss(layers: list[nn.Module], adapter_name: str) -> torch.Tensor:
     """
     The mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ (Frobenius norms) over all layers, for A (r, in) and B (out, r) that FSDP2
-    may have sharded.
+    may have sharded. Factors of equal shape are multiplied at once.
     """
-    losses = []
+    groups = defaultdict(list)
     for layer in layers:
         for factor, is_transposed in ((layer.lora_A[adapter_name], False), (layer.lora_B[adapter_name], True)):
-            rows = factor.full_tensor() if hasattr(factor, "full_tensor") else factor
-            rows = rows.T if is_transposed else rows
-            identity = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-            losses.append(torch.linalg.norm(rows @ rows.T - identity))
-    return torch.stack(losses).mean()
+            factor = factor.full_tensor() if hasattr(factor, "full_tensor") else factor
+            groups[is_transposed, factor.shape, factor.dtype, factor.device].append(factor)
+    norms = []
+    for (is_transposed, *_), factors in groups.items():
+        stacked = torch.stack(factors)
+        products = stacked.mT @ stacked if is_transposed else stacked @ stacked.mT
+        identity = torch.eye(products.shape[1], dtype=products.dtype, device=products.device)
+        norms.append(torch.linalg.matrix_norm(products - identity))
+    return torch.cat(norms).mean()

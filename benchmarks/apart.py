@@ -1,0 +1,19 @@
+"""Runs a module of the benchmarks in a process of its own, with PEFT as it is without peft-adadora, or with it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+WITHOUT_US = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__module__", "") != "_peft_adadora"]
+"""
+
+
+def start(module: str, *arguments: str, with_us: bool) -> subprocess.Popen:
+    """The process that runs `module` as a script with these arguments, with its input and output as pipes of text."""
+    code = f"import runpy; runpy.run_module({module!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code if with_us else WITHOUT_US + code, *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=Path(__file__).parent)
