@@ -256,6 +256,15 @@ def kind(request) -> Kind:
     return request.param
 
 
+def test_a_copy_does_not_hold_what_the_layer_keeps(kind):
+    layer = layer_of(make_model(kind)).eval()
+    fresh = vars(copy.deepcopy(layer)).keys()
+    with torch.no_grad(), DoraCaching():
+        layer(torch.randn(kind.input_shape))
+        assert vars(layer).keys() > fresh
+        assert vars(copy.deepcopy(layer)).keys() == fresh
+
+
 def test_forward_and_all_gradients_match_the_reference(kind):
     layer = layer_of(make_model(kind))
     x = torch.randn(kind.input_shape)

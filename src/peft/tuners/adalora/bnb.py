@@ -30,7 +30,7 @@ if is_bnb_available():
     class SVDLinear8bitLt(stock.SVDLinear8bitLt):
         """PEFT's 8-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
-        _apply, train = AdaLoraLayer._apply, AdaLoraLayer.train
+        _apply, train, __getstate__ = AdaLoraLayer._apply, AdaLoraLayer.train, AdaLoraLayer.__getstate__
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             adapter_name = self.variant_adapter()
@@ -42,7 +42,7 @@ if is_bnb_4bit_available():
     class SVDLinear4bit(stock.SVDLinear4bit):
         """PEFT's 4-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
-        _apply, train = AdaLoraLayer._apply, AdaLoraLayer.train
+        _apply, train, __getstate__ = AdaLoraLayer._apply, AdaLoraLayer.train, AdaLoraLayer.__getstate__
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             adapter_name = self.variant_adapter()
