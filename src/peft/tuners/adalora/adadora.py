@@ -62,8 +62,8 @@ class Rows(Protocol):
 
 def row_blocks(weight: torch.Tensor | Rows) -> Iterator[slice]:
     """
-    Slices that cut the rows of `weight` (out, in) into at least eight blocks of at most `BLOCK_ELEMENTS` elements,
-    or `DEVICE_BLOCK_ELEMENTS` if it is not on a CPU.
+    Slices that cut the rows of `weight` (out, in) into at least eight blocks of at most `BLOCK_ELEMENTS` elements, or
+    `DEVICE_BLOCK_ELEMENTS` if it is not on a CPU.
     """
     out_features, in_features = weight.shape
     elements = BLOCK_ELEMENTS if weight.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS

@@ -336,7 +336,7 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
             if name not in params:
                 continue
             expected, loaded = saved[name], whole(params[name]).to(saved[name].device)
-            if dim is not None:
+            if dim is not None and not torch.equal(expected, loaded):  # FSDP2 loads what has not been pruned
                 expected = expected.index_select(dim, kept.nonzero().view(-1))
                 loaded = loaded.narrow(dim, 0, min(expected.shape[dim], loaded.shape[dim]))
             if saved[name].shape != whole_shape(params[name]) or not torch.equal(expected, loaded):

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from .config import AdaLoraConfig
-from .names import PREFIX, adapted_layers, is_part_of_name, key_of_E, layer_of_E, name_in_file, part_of
-from .sharding import whole
+from .names import PREFIX, adapted_layers, key_of_E, layer_of_E, name_in_file, part_of, unwrapped_name
+from .sharding import is_sharded, whole
 
 
 RankPattern = dict[str, list[bool] | torch.Tensor]
@@ -52,20 +52,21 @@ def keep_ranks_of_pattern(layers: dict[str, nn.Module], adapter_name: str, rank_
 
 
 def exact_weights(
-    weights: dict[str, torch.Tensor], model: nn.Module, config: AdaLoraConfig, adapter_name: str
+    weights: dict[str, torch.Tensor], state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str
 ) -> dict[str, torch.Tensor]:
-    """The weights to save, with those that PEFT leaves out because another adapter is called like a module."""
-    others = [name for name in model.peft_config if name != adapter_name]
-    params = {
-        f"{name}.{part}.{adapter_name}": getattr(layer, part)[adapter_name]
-        for name, layer in adapted_layers(model, adapter_name).items()
-        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude")
-        if config.use_dora_adaptive
-    }
-    if not any(is_part_of_name(other, key) for other in others for key in params):
-        return weights
-    exact = {key: value for key, value in weights.items() if not any(key.endswith(f".{other}") for other in others)}
-    return {**{key: whole(param) for key, param in params.items()}, **exact}
+    """
+    The weights to save, by their names without wrappers, and those of AdaDoRA that PEFT leaves out: of `state_dict`,
+    where a module is wrapped, or of the model, where another adapter is called like a module.
+    """
+    given = {unwrapped_name(key): value for key, value in (*state_dict.items(), *weights.items())}
+    others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
+    exact = {unwrapped_name(key): value for key, value in weights.items() if not key.endswith(others)}
+    for name, layer in adapted_layers(model, adapter_name).items():
+        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude") if adapter_name in layer.lora_magnitude else ():
+            key = f"{name}.{part}.{adapter_name}"
+            if key not in exact:
+                exact[key] = given[key] if key in given else whole(getattr(layer, part)[adapter_name])
+    return exact
 
 
 def keep_saved_ranks(
@@ -83,9 +84,11 @@ def keep_saved_ranks(
         name_of_E = f"{key}.{adapter_name}"
         prefix = "" if name_of_E in saved else PREFIX
         values = saved[prefix + name_of_E]
+        if is_sharded(values):
+            keeps = torch.ones_like(keeps)  # each process saves a part, for an adapter that has all ranks
+        elif config.use_dora_adaptive and len(values) == len(keeps):
+            keeps = keeps | (values.view(-1) != 0).to(keeps.device)
         if config.saved_rank_pattern is not None:
-            if len(values) == len(keeps):
-                keeps = keeps | (whole(values).view(-1) != 0).to(keeps.device)
             config.saved_rank_pattern[key] = keeps.tolist()
         indices = keeps.nonzero().view(-1)
         for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
@@ -94,6 +97,20 @@ def keep_saved_ranks(
                 saved[name] = saved[name].index_select(dim, indices.to(saved[name].device))
     config.rank_pattern = pattern or config.rank_pattern
     return saved
+
+
+def weights_of_layers(
+    weights: dict[str, torch.Tensor], model: nn.Module, adapter_name: str
+) -> dict[str, torch.Tensor]:
+    """The weights to load, by their names in the model without wrappers, which PEFT does not find behind wrappers."""
+    names = {
+        name_in_file(key, adapter_name): key
+        for name, layer in adapted_layers(model, adapter_name).items()
+        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude")
+        for key in [f"{name}.{part}.{adapter_name}"]
+    }
+    exact = {unwrapped_name(key): value for key, value in weights.items()}
+    return {names.get(key, key): value for key, value in exact.items()}
 
 
 def check_loaded_weights(

@@ -31,8 +31,15 @@ from .base_weight import check_not_shared, here
 from .config import AdaLoraConfig
 from .kept import generation
 from .layer import AdaLoraLayer, RankAllocator
-from .loading import BeforeLoading, exact_weights, fit_to_loaded_weights, keep_ranks_of_pattern, keep_saved_ranks
-from .names import adapted_layers
+from .loading import (
+    BeforeLoading,
+    exact_weights,
+    fit_to_loaded_weights,
+    keep_ranks_of_pattern,
+    keep_saved_ranks,
+    weights_of_layers,
+)
+from .names import adapted_layers, unwrapped_name
 from .options import check_first_allocation, check_name, check_options
 from .regularization import orthogonality_loss
 from .targets import check_targets
@@ -201,12 +208,17 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: AdaLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         whole = copy.copy(config)
         whole.rank_pattern = None  # what PEFT does with it knows neither exact names nor adapters that were injected
-        saved = super()._get_adapter_state_dict(model, whole, adapter_name, *args, **kwargs)
-        return keep_saved_ranks(exact_weights(saved, model, config, adapter_name), config, adapter_name)
+        saved = super()._get_adapter_state_dict(model, whole, adapter_name, state_dict, unwanted_adapter_names)
+        return keep_saved_ranks(exact_weights(saved, state_dict, model, adapter_name), config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -214,5 +226,8 @@ class AdaLoraModel(stock.AdaLoraModel):
     ) -> dict[str, torch.Tensor]:
         # the mapping alone, to check the weights before AdaLoRA's implementation resizes the model
         weights = super(LoraModel, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        weights = weights_of_layers(weights, model, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
-        return fit_to_loaded_weights(tuner, model, config, adapter_name, weights)
+        weights = fit_to_loaded_weights(tuner, model, config, adapter_name, weights)
+        wrapped = {unwrapped_name(key): key for key in model.state_dict()}
+        return {wrapped.get(key, key): value for key, value in weights.items()}

@@ -21,11 +21,19 @@ from torch import nn
 # of the names of modules inside of a PeftModel
 PREFIX = "base_model.model."
 
+# what activation checkpointing, FSDP1 and torch.compile call the module that they wrap
+WRAPPED = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"}
+
+
+def unwrapped_name(name: str) -> str:
+    """The name that a module or parameter has in a model of which nothing is wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """The AdaLoRA layers that have an adapter of exactly this name, by their names in the model."""
+    """The AdaLoRA layers that have an adapter of exactly this name, by their names in the model without wrappers."""
     return {
-        name: module
+        unwrapped_name(name): module  # which comes after its wrapper, which may pass on its attributes
         for name, module in model.named_modules()
         if isinstance(getattr(module, "lora_E", None), nn.ParameterDict) and adapter_name in module.lora_E
     }
@@ -49,11 +57,6 @@ def part_of(key: str, adapter_name: str) -> str:
 def name_in_file(key: str, adapter_name: str) -> str:
     """What a file calls a weight that the model calls `key`."""
     return PREFIX + key.removeprefix(PREFIX).removesuffix(f".{adapter_name}")
-
-
-def is_part_of_name(adapter_name: str, key: str) -> bool:
-    """Whether an adapter is called like a module on the way to a weight."""
-    return adapter_name in key.split(".")
 
 
 def layers_of_state_dict(state_dict: dict[str, torch.Tensor], prefix: str) -> set[str]:
