@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test soak quality style bench peft-tests upstream-check mutants matrix compare docs clean
+.PHONY: demo test soak engines quality style bench peft-tests upstream-check mutants matrix compare docs clean
 
 demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
@@ -12,6 +12,9 @@ test: .venv/installed  ## all tests but PEFT's own
 
 soak: .venv/installed  ## kill and resume a run 200 times (about 6 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
+
+engines: .venv/installed  ## FSDP2 through the Trainer with all that it can be asked for (about 3 minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
 
 quality: .venv/installed  ## lint and check the format
 	$(BIN)/ruff check .

@@ -1,22 +1,30 @@
 """Trains on several processes what `train_single` trains on one; run it with torchrun.
 
-torchrun --nproc-per-node 2 distributed_run.py {ddp,fsdp2,fsdp2-bf16,trainer,zero2,zero3} FOLDER
+torchrun --nproc-per-node 2 distributed_run.py {ddp,fsdp1,fsdp2,fsdp2-bf16,trainer,trainer-fsdp2,zero2,zero3} FOLDER
+
+What `trainer-fsdp2` is asked for follows in JSON.
 """
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, make_trainer
 from transformers import Trainer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft import PeftModel, get_peft_model
 
@@ -124,6 +132,12 @@ def train_with_trainer(folder: Path) -> dict[str, Any]:
     }
 
 
+def rank_pattern_of(trainer: Trainer) -> dict[str, list[bool]]:
+    """Which triplets are kept, by the names of the parameters E. Saving drops the name of the adapter from these."""
+    rank_pattern = trainer.model.peft_config["default"].rank_pattern
+    return {f"base_model.model.{name.removesuffix('.default')}.default": kept for name, kept in rank_pattern.items()}
+
+
 def watch_pruned_entries(trainer: Trainer) -> list[float]:
     """
     The largest pruned entry of any E at each forward pass after the last allocation, from where on each step masks.
@@ -158,7 +172,82 @@ def train_with_deepspeed(folder: Path, stage: int) -> dict[str, Any]:
     return {"rank_pattern": trainer.model.peft_config["default"].rank_pattern, "pruned": pruned}
 
 
-def main(mode: str, folder: Path) -> None:
+def let_accelerate_shard_on_cpus() -> None:
+    """accelerate takes FSDP on accelerators alone. Here its state says that this is one."""
+    init = AcceleratorState.__init__
+
+    def init_with_fsdp(state: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        plugin = fsdp_plugin or state.__dict__.get("fsdp_plugin")
+        if plugin is None:
+            return
+        if fsdp_plugin is not None and state._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(state._mixed_precision)
+        state.fsdp_plugin = plugin
+        state.distributed_type = DistributedType.FSDP
+        state.device = torch.device("cpu")
+
+    AcceleratorState.__init__ = init_with_fsdp
+
+
+def train_with_fsdp(
+    folder: Path,
+    resume_from: dict[str, str],
+    run: bool = True,
+    fsdp_config: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """
+    Train with FSDP2 through the Trainer.
+
+    Args:
+        folder: Gets the checkpoints of the runs.
+        resume_from: The checkpoints to train on from, by the names of these runs.
+        run: Whether to train from the beginning as well, as the run called "run".
+        fsdp_config: What the Trainer is told beyond what is always needed.
+        arguments: More arguments of the Trainer.
+
+    Returns:
+        What came out of each run.
+    """
+    let_accelerate_shard_on_cpus()
+    needed = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "reshard_after_forward": True}
+    arguments |= {"fsdp": "full_shard", "fsdp_config": {**needed, **(fsdp_config or {})}}
+    results = {}
+    for name, checkpoint in {**({"run": None} if run else {}), **resume_from}.items():
+        if checkpoint and dist.get_rank() == 0:
+            shutil.copytree(folder / checkpoint, folder / name / Path(checkpoint).name)
+        dist.barrier()
+        trainer = make_trainer_without_dropout(folder / name, **arguments)
+        trainer.train(resume_from_checkpoint=checkpoint is not None)
+        results[name] = {
+            "adapter": {
+                key.replace("_checkpoint_wrapped_module.", ""): value
+                for key, value in adapter_of(trainer.model).items()
+            },
+            "rank_pattern": rank_pattern_of(trainer),
+            "logits": held_out_logits(trainer.model),
+        }
+    return results
+
+
+def train_flattened() -> dict[str, Any]:
+    """What FSDP1 raises, with a loss that holds AdaLoRA's regularization and without."""
+    errors = []
+    for task_type in ("CAUSAL_LM", None):
+        model = get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0, task_type=task_type))
+        policy = ModuleWrapPolicy({LlamaDecoderLayer})
+        device = torch.device("cpu")
+        try:
+            train(
+                FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device), model
+            )
+        except NotImplementedError as error:
+            errors.append(str(error))
+    return {"errors": errors}
+
+
+def main(mode: str, folder: Path, arguments: str = "{}") -> None:
     torch.set_num_threads(1)
     if not mode.startswith("zero"):  # DeepSpeed does so itself
         dist.init_process_group("gloo")
@@ -167,6 +256,10 @@ def main(mode: str, folder: Path) -> None:
         result = train(DistributedDataParallel(model), model)
     elif mode == "trainer":
         result = train_with_trainer(folder)
+    elif mode == "trainer-fsdp2":
+        result = train_with_fsdp(folder, **json.loads(arguments))
+    elif mode == "fsdp1":
+        result = train_flattened()
     elif mode.startswith("zero"):
         result = train_with_deepspeed(folder, int(mode[-1]))
     else:
@@ -177,4 +270,4 @@ def main(mode: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

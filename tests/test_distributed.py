@@ -1,33 +1,42 @@
-"""Two processes train what one trains, over gloo on the CPU: DDP, FSDP2, and DDP and DeepSpeed through the Trainer."""
+"""
+Two processes train what one trains, over gloo on the CPU: DDP and FSDP2, and DDP, FSDP2 and DeepSpeed by the Trainer.
+"""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from distributed_run import held_out_logits, make_trainer_without_dropout, train_single
+from accelerate.state import AcceleratorState
+from distributed_run import held_out_logits, make_trainer_without_dropout, rank_pattern_of, train_single
 from safetensors.torch import load_file
-from trainer_run import STEPS, make_llama
+from trainer_run import STEPS, make_arguments, make_llama
+from transformers import TrainerControl, TrainerState
 
 from peft import PeftModel
+from peft.tuners.adalora import AdaLoraCallback
 
 
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "torchrun, one process": "torch.distributed.run --standalone --nproc-per-node 1",
     # what `--multi_gpu` asks for is several processes on a machine, here on its CPU
     "accelerate launch": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2"
     " --mixed_precision no --dynamo_backend no",
 }
 
 
-def launch(mode: str, folder: Path, launcher: str = "torchrun") -> list[dict]:
-    """What the two processes report."""
+def launch(mode: str, folder: Path, launcher: str = "torchrun", **arguments: Any) -> list[dict]:
+    """What the processes report."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher].split()]
     script = Path(__file__).with_name("distributed_run.py")
     process = subprocess.run(
-        [*command, script, mode, folder],
+        [*command, script, mode, folder, json.dumps(arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         check=False,
@@ -35,7 +44,7 @@ def launch(mode: str, folder: Path, launcher: str = "torchrun") -> list[dict]:
         timeout=900,
     )
     assert process.returncode == 0, process.stderr[-4000:]
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(path, weights_only=False) for path in sorted(folder.glob("rank-*.pt"))]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +123,7 @@ class TestSharded:
         torch.testing.assert_close(results[0]["logits_of_changed"], expected, **tolerance)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
 def test_the_trainer_gives_the_same_on_two_processes(launcher, tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     for path in folders:
@@ -158,6 +167,85 @@ def test_deepspeed_gives_the_same_on_two_processes(stage, single_trainer, tmp_pa
             torch.testing.assert_close(trained, param.detach(), rtol=1e-5, atol=1e-5)
     loaded = PeftModel.from_pretrained(make_llama(), checkpoint)
     torch.testing.assert_close(held_out_logits(loaded), held_out_logits(single_trainer.model), rtol=1e-5, atol=1e-5)
+
+
+# what FSDP2 is asked for through the Trainer, and how far the weights may be from those of a single process
+FSDP2 = {
+    "full state dicts": ({}, 1e-6),
+    "sharded state dicts": ({"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}, 1e-6),
+    "activation checkpointing": ({"fsdp_config": {"activation_checkpointing": True}}, 1e-6),
+    "gradient checkpointing": ({"gradient_checkpointing": True}, 1e-6),
+    "offload": ({"fsdp_config": {"offload_params": True}}, 1e-6),
+    "RAM-efficient loading": ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, 1e-6),
+    "no accumulation": ({"gradient_accumulation_steps": 1}, 1e-6),
+    # gradients have 8 bits, and Adam takes steps of 1e-2 whatever their size
+    "bfloat16": ({"bf16": True}, 2e-2),
+}
+IN_EVERY_RUN = ("sharded state dicts", "activation checkpointing")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.engines) for name in FSDP2],
+)
+def test_fsdp2_through_the_trainer_gives_the_same_and_resumes_exactly(asked, tmp_path):
+    arguments, tolerance = FSDP2[asked]
+    # before the first allocation, when pruning has begun to bite, and after the last allocation
+    checkpoints = {f"from {step}": f"run/checkpoint-{step}" for step in (3, 9, 12)}
+    results = launch("trainer-fsdp2", tmp_path, resume_from=checkpoints, **arguments)
+    single = make_trainer_without_dropout(
+        tmp_path / "single", gradient_accumulation_steps=arguments.get("gradient_accumulation_steps", 2)
+    )
+    single.train()
+    assert len(results) == 2
+    for result in results:
+        assert result.keys() == {"run", *checkpoints}
+        run = result["run"]
+        assert run["rank_pattern"] == rank_pattern_of(single)
+        for name, kept in run["rank_pattern"].items():
+            assert not run["adapter"][name][~torch.tensor(kept)].any()
+        for name, param in single.model.named_parameters():
+            if "lora_" in name:
+                torch.testing.assert_close(run["adapter"][name], param.detach(), rtol=0, atol=tolerance, msg=name)
+        for resumed in checkpoints:
+            assert result[resumed]["rank_pattern"] == run["rank_pattern"]
+            for name, tensor in run["adapter"].items():
+                assert torch.equal(result[resumed]["adapter"][name], tensor), (resumed, name)
+    if "SHARDED_STATE_DICT" not in str(arguments):  # of which the Trainer makes no adapter
+        loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "run" / f"checkpoint-{STEPS}")
+        torch.testing.assert_close(
+            held_out_logits(loaded), results[0]["run"]["logits"], rtol=0, atol=max(1e-6, tolerance)
+        )
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(
+    "begins, ends", [("torchrun", "torchrun, one process"), ("torchrun, one process", "torchrun")]
+)
+def test_fsdp2_resumes_with_another_number_of_processes(begins, ends, tmp_path):
+    for folder in ("begun", "ended"):
+        (tmp_path / folder).mkdir()
+    begun = launch("trainer-fsdp2", tmp_path / "begun", begins, resume_from={})
+    ended = launch(
+        "trainer-fsdp2", tmp_path / "ended", ends, run=False, resume_from={"run": "../begun/run/checkpoint-9"}
+    )
+    assert {len(begun), len(ended)} == {1, 2}
+    assert ended[0]["run"]["rank_pattern"] == begun[0]["run"]["rank_pattern"]
+    for name, tensor in begun[0]["run"]["adapter"].items():
+        torch.testing.assert_close(ended[0]["run"]["adapter"][name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+def test_fsdp1_is_refused_before_the_first_step(tmp_path):
+    for result in launch("fsdp1", tmp_path):
+        assert len(result["errors"]) == 2
+        assert all("use FSDP2" in error for error in result["errors"])
+
+
+def test_fsdp1_is_refused_when_the_trainer_is_made(tmp_path, monkeypatch):
+    arguments = make_arguments(tmp_path)  # which resets accelerate's state
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", SimpleNamespace(fsdp_version=1))
+    with pytest.raises(NotImplementedError, match="use FSDP2"):
+        AdaLoraCallback().on_init_end(arguments, TrainerState(), TrainerControl(), model=make_llama())
 
 
 # in a process of its own, because a process group outlives a test

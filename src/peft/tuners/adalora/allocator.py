@@ -26,7 +26,7 @@ from torch import nn
 
 from . import stock_layer as stock
 from .names import adapted_layers, layer_of_E
-from .sharding import copy_whole_, has_master_copy, is_sharded, whole, whole_shape
+from .sharding import check_not_flattened, copy_whole_, has_master_copy, is_sharded, whole, whole_shape
 
 
 # so many forward passes in training without an allocation are no accident
@@ -64,11 +64,14 @@ class RankAllocator(stock.RankAllocator):
 
     def _factors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """A, E and B of each layer, by their names in the model."""
-        return {
+        factors = {
             f"{name}.{part}.{self.adapter_name}": getattr(layer, part)[self.adapter_name]
             for name, layer in adapted_layers(model, self.adapter_name).items()
             for part in FACTORS
         }
+        for factor in factors.values():
+            check_not_flattened(factor)
+        return factors
 
     def _set_budget_scheduler(self, model: nn.Module) -> None:
         layers = adapted_layers(model, self.adapter_name)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, TypeVar
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -36,7 +37,7 @@ from .config import AdaLoraConfig
 from .layer import AdaLoraLayer
 from .model import AdaLoraModel
 from .names import adapted_layers, key_of_E
-from .sharding import copy_whole_, whole, whole_shape
+from .sharding import FSDP1_MESSAGE, copy_whole_, whole, whole_shape
 
 
 try:
@@ -70,6 +71,8 @@ class AdaLoraCallback(TrainerCallback):
     Magnitudes of quantized weights that the trainer has cast to bfloat16, as TRL's do, are made float32 again.
 
     Raises:
+        `NotImplementedError`:
+            When the trainer is made, if it uses FSDP1; FSDP2 works.
         `ValueError`:
             When training starts, if the model has no AdaLoRA adapter to train, if the schedule does not fit the number
             of steps, if the adapter was loaded pruned, or if the checkpoint's `adalora_state.safetensors` is broken.
@@ -90,6 +93,8 @@ class AdaLoraCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        if getattr(AcceleratorState._shared_state.get("fsdp_plugin"), "fsdp_version", 2) == 1:
+            raise NotImplementedError(FSDP1_MESSAGE)
         for tuner in _modules(model, AdaLoraModel):
             tuner.fit_loaded_weights = _fill_up_ranks
         for layer in _modules(model, AdaLoraLayer):

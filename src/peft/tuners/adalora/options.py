@@ -21,7 +21,7 @@ from torch import nn
 
 from .config import AdaLoraConfig
 from .names import adapted_layers, layer_of_E
-from .sharding import whole_shape
+from .sharding import check_not_flattened, whole_shape
 
 
 # of LoRA's options, besides `r`, of which PEFT tells
@@ -96,6 +96,7 @@ def check_first_allocation(tuner: Any, global_step: int) -> None:
             f"{last}, so no ranks have been decided; call it after each optimizer step, from the first one on."
         )
     for name, layer in adapted_layers(tuner.model, adapter_name).items():
+        check_not_flattened(layer.lora_E[adapter_name])
         rank = whole_shape(layer.lora_E[adapter_name])[0]
         if rank != config.init_r:
             raise ValueError(

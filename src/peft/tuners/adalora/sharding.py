@@ -18,6 +18,12 @@ import torch
 from torch import nn
 
 
+FSDP1_MESSAGE = (
+    "AdaLoRA cannot be trained with FSDP1, which flattens the parameters whose ranks it compares; use FSDP2, with "
+    "`fsdp_version: 2` in the config of accelerate or `fully_shard` of PyTorch."
+)
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether this is a DTensor, of which each process may hold but a part (FSDP2)."""
     return hasattr(tensor, "full_tensor")
@@ -41,6 +47,12 @@ def has_sharded_parameters(model: nn.Module) -> bool:
 def whole_shape(tensor: torch.Tensor) -> torch.Size:
     """The shape of [`whole`]."""
     return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
+
+
+def check_not_flattened(tensor: torch.Tensor) -> None:
+    """Raise a `NotImplementedError` if a factor has lost its shape, of which AdaLoRA needs rows and columns."""
+    if len(whole_shape(tensor)) != 2:
+        raise NotImplementedError(FSDP1_MESSAGE)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
