@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import tokenizers
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedTokenizerFast
 
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora import SVDLinear
@@ -25,6 +27,16 @@ def make_config(**kwargs) -> AdaLoraConfig:
         "use_dora_adaptive": True,
     }
     return AdaLoraConfig(**{**defaults, **kwargs})
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One that knows a word for each token of the small Llama of `trainer_run`."""
+    vocabulary = {f"word{index}": index for index in range(32)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="word0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="word31", pad_token="word30", unk_token="word0"
+    )
 
 
 def make_layer(

@@ -1,13 +1,13 @@
 """AdaDoRA with the tools around training: accelerate, mixed precision, checkpointing of activations, model cards."""
 
 import pytest
-import tokenizers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from helpers import make_tokenizer
 from huggingface_hub import ModelCard
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_arguments, make_llama, make_trainer
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.optimizers import create_loraplus_optimizer
@@ -20,16 +20,6 @@ TOKENS = RandomTokens()[7]["input_ids"][None]
 def logits_of(model):
     with torch.no_grad():
         return model.eval()(input_ids=TOKENS).logits.float()
-
-
-def make_tokenizer():
-    """One that knows a word for each token of `make_llama`."""
-    vocabulary = {f"word{index}": index for index in range(32)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="word0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="word31", pad_token="word30", unk_token="word0"
-    )
 
 
 class AccelerateLoop:
@@ -245,50 +235,6 @@ def test_magnitudes_learn_in_trl_which_casts_adapters_of_quantized_models_to_bfl
             assert param.dtype == torch.float32
             # 16 steps of Adam, each of about the learning rate that falls to 0
             assert (param != before[name]).float().mean() > 0.9, name
-
-
-@pytest.mark.parametrize("method", ["DPO", "GRPO"])
-def test_other_trainers_of_trl_learn_and_prune(method, tmp_path):
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    def words(start):
-        return " ".join(f"word{index % 30}" for index in range(start, start + 3))
-
-    rows, options, arguments = [{"prompt": words(start)} for start in range(64)], {}, {}
-    if method == "DPO":
-        rows = [{**row, "chosen": words(1), "rejected": words(9)} for row in rows]
-    else:
-        options = {"num_generations": 4, "max_completion_length": 8}
-        # for many different words
-        arguments["reward_funcs"] = [lambda completions, **kwargs: [float(len(set(c.split()))) for c in completions]]
-    config = getattr(trl, f"{method}Config")(
-        str(tmp_path),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        **options,
-    )
-    trainer = getattr(trl, f"{method}Trainer")(
-        model=make_llama(),
-        args=config,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-        peft_config=make_adalora_config(lora_dropout=0.0),
-        callbacks=[AdaLoraCallback()],
-        **arguments,
-    )
-    trainer.train()
-    logs = [logs for logs in trainer.state.log_history if "loss" in logs]
-    if method == "DPO":
-        assert logs[-1]["loss"] < logs[0]["loss"]
-    assert logs[-1]["adalora_pruned"] == 0.5
-    assert logs[-1]["adalora_magnitude_drift"] > 0
 
 
 class TestAfterTraining:

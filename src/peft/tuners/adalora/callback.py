@@ -20,6 +20,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional, TypeVar
 
 import torch
@@ -99,6 +100,8 @@ class AdaLoraCallback(TrainerCallback):
             tuner.fit_loaded_weights = _fill_up_ranks
         for layer in _modules(model, AdaLoraLayer):
             _upcast_quantized_magnitudes(layer)
+        if (tuner := _find_tuner(model)) is not None:
+            _fill_up_state_dicts(tuner)
         with args.main_process_first(local=False, desc="looking for unfinished checkpoints"):
             if args.process_index == 0:
                 _set_aside_unfinished_checkpoints(args.output_dir)
@@ -207,7 +210,7 @@ def _modules(model: nn.Module, kind: type[T]) -> Iterator[T]:
     return (module for module in model.modules() if isinstance(module, kind))
 
 
-def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
+def _find_tuner(model: nn.Module) -> Optional[AdaLoraModel | _InjectedAdaLora]:
     for tuner in _modules(model, AdaLoraModel):
         if hasattr(tuner, "rankallocator"):
             tuner.fit_loaded_weights = _fill_up_ranks
@@ -217,6 +220,12 @@ def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
         for name, config in configs.items() if isinstance(configs, dict) else ():
             if isinstance(config, AdaLoraConfig) and not config.inference_mode:
                 return _InjectedAdaLora(module, configs, name, RankAllocator(module, config, name))
+    return None
+
+
+def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
+    if (tuner := _find_tuner(model)) is not None:
+        return tuner
     raise ValueError("AdaLoraCallback needs a model with an AdaLoRA adapter to train, but this model has none.")
 
 
@@ -414,19 +423,40 @@ def _fill_up_ranks(
     """
     filled, rank_pattern = dict(weights), {}
     for name, layer in layers.items():
-        rank = len(layer.lora_E[adapter_name])
-        kept = len(weights.get(f"{name}.lora_E.{adapter_name}", layer.lora_E[adapter_name]))
-        rank_pattern[key_of_E(name)] = [True] * kept + [False] * (rank - kept)
-        for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
-            value = weights.get(f"{name}.{part}.{adapter_name}")
-            if value is None or value.shape[dim] >= rank:
-                continue
-            rest = getattr(layer, part)[adapter_name].detach().narrow(dim, kept, rank - kept).to(value)
-            rest = torch.zeros_like(rest) if part == "lora_E" else rest
-            filled[f"{name}.{part}.{adapter_name}"] = torch.cat([value, rest], dim)
+        kept = _fill_up_layer(layer, adapter_name, filled, f"{name}.")
+        rank_pattern[key_of_E(name)] = [index < kept for index in range(len(layer.lora_E[adapter_name]))]
     is_pruned = not all(map(all, rank_pattern.values()))
     config.rank_pattern = rank_pattern if is_pruned else None
     return filled
+
+
+def _fill_up_layer(layer: AdaLoraLayer, adapter_name: str, weights: dict[str, torch.Tensor], prefix: str) -> int:
+    """[`_fill_up_ranks`] of the weights of one layer, whose names have a prefix, in place. Returns its saved rank."""
+    rank = len(layer.lora_E[adapter_name])
+    kept = len(weights.get(f"{prefix}lora_E.{adapter_name}", layer.lora_E[adapter_name]))
+    for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+        name = f"{prefix}{part}.{adapter_name}"
+        if name in weights and weights[name].shape[dim] < rank:
+            rest = getattr(layer, part)[adapter_name].detach().narrow(dim, kept, rank - kept).to(weights[name])
+            rest = torch.zeros_like(rest) if part == "lora_E" else rest
+            weights[name] = torch.cat([weights[name], rest], dim)
+    return kept
+
+
+def _fill_up_state_dicts(tuner: AdaLoraModel | _InjectedAdaLora) -> None:
+    """[`_fill_up_ranks`] where a trainer loads the state dict of the whole model, as sentence-transformers' does."""
+    config, adapter_name = tuner.rankallocator.peft_config, tuner.trainable_adapter_name
+
+    def before_loading(layer: AdaLoraLayer, state_dict: dict[str, Any], prefix: str, *_: Any, name: str) -> None:
+        rank = len(layer.lora_E[adapter_name])
+        kept = _fill_up_layer(layer, adapter_name, state_dict, prefix)
+        if kept < rank:
+            names = (f"{name}.lora_E.{adapter_name}", key_of_E(name))
+            others = {key: mask for key, mask in (config.rank_pattern or {}).items() if key not in names}
+            config.rank_pattern = {**others, key_of_E(name): [index < kept for index in range(rank)]}
+
+    for name, layer in _layers(tuner).items():
+        layer.register_load_state_dict_pre_hook(partial(before_loading, name=name))
 
 
 def _lock(folder: str) -> Optional[int]:

