@@ -35,6 +35,10 @@ FORWARDS_UNTIL_WARNING = 200
 FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
+# what schedule-free optimizers, and averaging ones, call the other weights that they keep of a parameter
+OTHER_WEIGHTS = ("x", "y", "z", "ax")
+
+
 class RankAllocator(stock.RankAllocator):
     """
     PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes.
@@ -225,6 +229,22 @@ class RankAllocator(stock.RankAllocator):
             values, masks = (torch.cat(tensors) for tensors in zip(*params))
             values.masked_fill_(~masks.to(device), 0.0)
             torch._foreach_copy_([lora_E for lora_E, _ in params], values.split([len(mask) for _, mask in params]))
+
+    @torch.no_grad()
+    def mask_other_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+        """
+        Set what is zero of E to zero as well in the other weights that a schedule-free or averaging optimizer keeps,
+        or a pruned singular value would come back with them. Returns whether the optimizer keeps any.
+        """
+        found = False
+        for layer in adapted_layers(model, self.adapter_name).values():
+            lora_E = layer.lora_E[self.adapter_name]
+            state = optimizer.state.get(lora_E, {})
+            for name in OTHER_WEIGHTS:
+                if isinstance(state.get(name), torch.Tensor) and state[name].shape == lora_E.shape:
+                    state[name].masked_fill_(lora_E == 0, 0.0)
+                    found = True
+        return found
 
     def _full_names(self, rank_pattern: dict[str, Any]) -> dict[str, Any]:
         """The rank pattern by the names of `lora_E` in the model; saving an adapter drops its name from them."""

@@ -147,7 +147,15 @@ class AdaLoraCallback(TrainerCallback):
         is_last_allocation = state.global_step == config.total_step - config.tfinal
         if getattr(optimizer, "step_was_skipped", False) and not is_last_allocation:
             return  # an overflow in float16: there are no gradients to learn from, and nothing has changed
-        self._tuner.update_and_allocate(state.global_step)
+        other = _optimizer_of(optimizer)
+        self._tuner.update_and_allocate(state.global_step, other)
+        is_first = state.global_step == 0 and _swaps_weights(optimizer)
+        if is_first and not self._tuner.rankallocator.mask_other_weights(self._tuner.model, other):
+            warnings.warn(
+                f"{type(other).__name__} evaluates with other weights than it trains, and does not keep them where "
+                "AdaLoraCallback finds them, so pruned singular values may come back in evaluation and in the saved "
+                "adapter."
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,6 +169,18 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         if control.should_save:
             self._save(args, state)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._saved_step == state.global_step and _swaps_weights(optimizer):
+            self._saved_step = None
+            self._save(args, state)  # the weights that were evaluated, which the Trainer is about to save
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._save(args, state)  # if not on_step_end but an evaluation, say, has asked for the checkpoint
@@ -176,7 +196,7 @@ class AdaLoraCallback(TrainerCallback):
         if args.should_save:
             folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             os.makedirs(folder, exist_ok=True)
-            self._lock = _lock(folder)
+            self._lock = self._lock or _lock(folder)
             _write(tensors, folder)
 
     def on_log(
@@ -204,6 +224,17 @@ class _InjectedAdaLora:
     rankallocator: RankAllocator
 
     update_and_allocate = AdaLoraModel.update_and_allocate
+
+
+def _optimizer_of(optimizer: Any) -> Optional[torch.optim.Optimizer]:
+    """The optimizer of PyTorch in that of accelerate, if it is one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, torch.optim.Optimizer) else None
+
+
+def _swaps_weights(optimizer: Any) -> bool:
+    """Whether an optimizer has other weights for evaluation than for training, as schedule-free ones do."""
+    return callable(getattr(_optimizer_of(optimizer), "eval", None))
 
 
 def _modules(model: nn.Module, kind: type[T]) -> Iterator[T]:

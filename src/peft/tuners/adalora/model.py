@@ -183,13 +183,20 @@ class AdaLoraModel(stock.AdaLoraModel):
             self._check_merge(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
         return super()._unload_and_optionally_merge(merge=merge, **kwargs)
 
-    def update_and_allocate(self, global_step: int) -> None:
-        """As PEFT's. Raises a `ValueError` at the first call if the schedule of an AdaDoRA adapter cannot work."""
+    def update_and_allocate(self, global_step: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
+        """
+        As PEFT's. Raises a `ValueError` at the first call if the schedule of an AdaDoRA adapter cannot work.
+
+        `optimizer`, that of the adapter, has to be given if it keeps other weights beside those of the model, as
+        schedule-free optimizers do, so that a pruned singular value does not come back with them.
+        """
         allocator = self.rankallocator
         if allocator.peft_config.use_dora_adaptive and not allocator.has_started:
             check_first_allocation(self, global_step)
         allocator.has_started = True
         stock.AdaLoraModel.update_and_allocate(self, global_step)
+        if optimizer is not None:
+            allocator.mask_other_weights(self.model, optimizer)
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
