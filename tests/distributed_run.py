@@ -1,8 +1,8 @@
 """Trains on several processes what `train_single` trains on one; run it with torchrun.
 
-torchrun --nproc-per-node 2 distributed_run.py {ddp,fsdp1,fsdp2,fsdp2-bf16,trainer,trainer-fsdp2,zero2,zero3} FOLDER
+torchrun --nproc-per-node 2 distributed_run.py MODE FOLDER [ARGUMENTS]
 
-What `trainer-fsdp2` is asked for follows in JSON.
+A mode is one of those in `main`; what `trainer-fsdp2` is asked for follows in JSON.
 """
 
 import json
@@ -251,9 +251,12 @@ def main(mode: str, folder: Path, arguments: str = "{}") -> None:
     torch.set_num_threads(1)
     if not mode.startswith("zero"):  # DeepSpeed does so itself
         dist.init_process_group("gloo")
-    if mode == "ddp":
+    if mode.startswith("ddp"):
         model = make_model()
-        result = train(DistributedDataParallel(model), model)
+        replica = DistributedDataParallel(model, find_unused_parameters=mode == "ddp-unused")
+        if mode == "ddp-compiled":
+            replica.compile(backend="aot_eager")
+        result = train(replica, model)
     elif mode == "trainer":
         result = train_with_trainer(folder)
     elif mode == "trainer-fsdp2":

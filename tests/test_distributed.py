@@ -52,7 +52,7 @@ def single():
     return train_single()
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2", "fsdp2-bf16"])
+@pytest.fixture(scope="module", params=["ddp", "ddp-unused", "ddp-compiled", "fsdp2", "fsdp2-bf16"])
 def mode(request):
     return request.param
 
@@ -94,7 +94,7 @@ class TestTwoProcesses:
 class TestSharded:
     @pytest.fixture(autouse=True)
     def only_sharded(self, mode):
-        if mode == "ddp":
+        if mode.startswith("ddp"):
             pytest.skip("DDP does not shard")
 
     @pytest.fixture
