@@ -119,7 +119,7 @@ class Environment:
             env=environ,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=900,
         )
         if check:
             assert done.returncode == 0, done.stderr
@@ -237,8 +237,8 @@ class TestStartUp:
         client = manager.blocking_client()
         client.start_channels()
         try:
-            client.wait_for_ready(timeout=60)
-            reply = client.execute_interactive(USE_THE_FLAG, timeout=60)
+            client.wait_for_ready(timeout=600)
+            reply = client.execute_interactive(USE_THE_FLAG, timeout=600)
         finally:
             client.stop_channels()
             manager.shutdown_kernel(now=True)
