@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, make_trainer
-from transformers import Trainer
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft import PeftModel, get_peft_model
@@ -172,6 +172,20 @@ def train_with_deepspeed(folder: Path, stage: int) -> dict[str, Any]:
     return {"rank_pattern": trainer.model.peft_config["default"].rank_pattern, "pruned": pruned}
 
 
+def make_quantized_llama(folder: Path) -> LlamaForCausalLM:
+    """In 4 bits, stored as what FSDP2 can shard."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        make_llama().save_pretrained(folder / "base")
+    if dist.is_initialized():
+        dist.barrier()
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_storage=torch.float32, bnb_4bit_compute_dtype=torch.float32
+    )
+    model = LlamaForCausalLM.from_pretrained(folder / "base", quantization_config=config, device_map="cpu")
+    torch.manual_seed(0)  # of the adapter that it will get
+    return model
+
+
 def let_accelerate_shard_on_cpus() -> None:
     """accelerate takes FSDP on accelerators alone. Here its state says that this is one."""
     init = AcceleratorState.__init__
@@ -194,6 +208,7 @@ def train_with_fsdp(
     folder: Path,
     resume_from: dict[str, str],
     run: bool = True,
+    quantize: bool = False,
     fsdp_config: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
@@ -204,6 +219,7 @@ def train_with_fsdp(
         folder: Gets the checkpoints of the runs.
         resume_from: The checkpoints to train on from, by the names of these runs.
         run: Whether to train from the beginning as well, as the run called "run".
+        quantize: Whether the base model has 4 bits.
         fsdp_config: What the Trainer is told beyond what is always needed.
         arguments: More arguments of the Trainer.
 
@@ -218,7 +234,8 @@ def train_with_fsdp(
         if checkpoint and dist.get_rank() == 0:
             shutil.copytree(folder / checkpoint, folder / name / Path(checkpoint).name)
         dist.barrier()
-        trainer = make_trainer_without_dropout(folder / name, **arguments)
+        base_model = make_quantized_llama(folder) if quantize else None
+        trainer = make_trainer_without_dropout(folder / name, base_model=base_model, **arguments)
         trainer.train(resume_from_checkpoint=checkpoint is not None)
         results[name] = {
             "adapter": {
@@ -226,7 +243,8 @@ def train_with_fsdp(
                 for key, value in adapter_of(trainer.model).items()
             },
             "rank_pattern": rank_pattern_of(trainer),
-            "logits": held_out_logits(trainer.model),
+            # in eval mode bitsandbytes packs weights for some CPUs, which takes larger ones than these
+            "logits": None if quantize else held_out_logits(trainer.model),
         }
     return results
 

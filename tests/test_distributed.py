@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from distributed_run import held_out_logits, make_trainer_without_dropout, rank_pattern_of, train_single
+from distributed_run import (
+    held_out_logits,
+    make_quantized_llama,
+    make_trainer_without_dropout,
+    rank_pattern_of,
+    train_single,
+)
 from safetensors.torch import load_file
 from trainer_run import STEPS, make_arguments, make_llama
 from transformers import TrainerControl, TrainerState
@@ -178,6 +184,7 @@ FSDP2 = {
     "offload": ({"fsdp_config": {"offload_params": True}}, 1e-6),
     "RAM-efficient loading": ({"fsdp_config": {"cpu_ram_efficient_loading": True}}, 1e-6),
     "no accumulation": ({"gradient_accumulation_steps": 1}, 1e-6),
+    "4-bit weights": ({"quantize": True}, 1e-6),
     # gradients have 8 bits, and Adam takes steps of 1e-2 whatever their size
     "bfloat16": ({"bf16": True}, 2e-2),
 }
@@ -190,11 +197,15 @@ IN_EVERY_RUN = ("sharded state dicts", "activation checkpointing")
 )
 def test_fsdp2_through_the_trainer_gives_the_same_and_resumes_exactly(asked, tmp_path):
     arguments, tolerance = FSDP2[asked]
+    if "quantize" in arguments:
+        pytest.importorskip("bitsandbytes")
     # before the first allocation, when pruning has begun to bite, and after the last allocation
     checkpoints = {f"from {step}": f"run/checkpoint-{step}" for step in (3, 9, 12)}
     results = launch("trainer-fsdp2", tmp_path, resume_from=checkpoints, **arguments)
     single = make_trainer_without_dropout(
-        tmp_path / "single", gradient_accumulation_steps=arguments.get("gradient_accumulation_steps", 2)
+        tmp_path / "single",
+        base_model=make_quantized_llama(tmp_path) if "quantize" in arguments else None,
+        gradient_accumulation_steps=arguments.get("gradient_accumulation_steps", 2),
     )
     single.train()
     assert len(results) == 2
@@ -211,7 +222,8 @@ def test_fsdp2_through_the_trainer_gives_the_same_and_resumes_exactly(asked, tmp
             assert result[resumed]["rank_pattern"] == run["rank_pattern"]
             for name, tensor in run["adapter"].items():
                 assert torch.equal(result[resumed]["adapter"][name], tensor), (resumed, name)
-    if "SHARDED_STATE_DICT" not in str(arguments):  # of which the Trainer makes no adapter
+    # of sharded state dicts the Trainer makes no adapter
+    if "SHARDED_STATE_DICT" not in str(arguments) and "quantize" not in arguments:
         loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "run" / f"checkpoint-{STEPS}")
         torch.testing.assert_close(
             held_out_logits(loaded), results[0]["run"]["logits"], rtol=0, atol=max(1e-6, tolerance)

@@ -92,10 +92,11 @@ def make_trainer(
     callbacks: tuple[TrainerCallback, ...] = (),
     eval_dataset: Optional[Dataset] = None,
     dtype: torch.dtype = torch.float32,
+    base_model: Optional[LlamaForCausalLM] = None,
     **arguments: Any,
 ) -> Trainer:
     return Trainer(
-        model=get_peft_model(make_llama().to(dtype), config or make_adalora_config()),
+        model=get_peft_model(base_model or make_llama().to(dtype), config or make_adalora_config()),
         args=make_arguments(output_dir, **arguments),
         train_dataset=RandomTokens(),
         eval_dataset=eval_dataset,

@@ -36,6 +36,7 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 
+from .sharding import whole
 from .targets import has_computed_weight
 
 
@@ -113,14 +114,14 @@ class RowsOf4bit(Bnb4bitBackend):
             state = getattr(base_layer, "quant_state", None)  # the layer keeps what a sharded weight loses
         if state is None:
             return weight.detach()  # not yet: bitsandbytes quantizes when a weight moves to a device
-        packed, absmax, dtype = weight.data, state.absmax, state.dtype
+        packed, absmax, dtype = whole(weight.data), state.absmax, state.dtype
         if getattr(state, "packing_format_for_cpu", False):
             # in eval mode bitsandbytes reorders weights for CPUs with AVX512-BF16; a copy, because undoing it changes
             # the state
             absmax, dtype = absmax.T.reshape(-1).float(), state.original_dtype
             state = copy.copy(state)
             state.original_nested = False
-            packed, _ = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+            packed, _ = bnb._convert_weight_packed_for_cpu_inverse(packed, state)
         elif state.nested:
             absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
         if packed.dtype != torch.uint8:  # an option of bitsandbytes; the tracer of jit does not know such views
