@@ -172,18 +172,32 @@ def scale_output(output: torch.Tensor, scale: torch.Tensor, bias: Optional[torch
     The factor stays in float32 whatever the dtype of the output, and so does the result: a learned factor is close to
     1, where bfloat16 has steps of 0.4 %.
     """
-    if bias is None:
-        return output * scale
-    if output.dtype == scale.dtype == bias.dtype:
-        return torch.lerp(bias, output, scale)
-    return torch.addcmul(bias - scale * bias, output, scale)
+    return output * scale if bias is None else torch.addcmul(bias - scale * bias, output, scale)
 
 
-def add_product(output: torch.Tensor, projected: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Add `projected` (..., r) times `matrix` (out, r), transposed, to `output` (..., out), in its own dtype."""
-    if output.ndim < 2 or not output.dtype == projected.dtype == matrix.dtype:
-        return output + projected @ matrix.to(projected.dtype).T
-    return torch.addmm(output.flatten(0, -2), projected.flatten(0, -2), matrix.T).view(output.shape)
+def adapted_output(
+    output: torch.Tensor,
+    scale: torch.Tensor,
+    bias: Optional[torch.Tensor],
+    projected: torch.Tensor,
+    scaled_B: torch.Tensor,
+) -> torch.Tensor:
+    """h = (m / n) ⊙ (W x + ΔW x) + b, (..., out), in the dtype of [`scale_output`].
+
+    Args:
+        output (`torch.Tensor`): W x + b (..., out).
+        scale (`torch.Tensor`): m / n (out).
+        bias (`torch.Tensor`, *optional*): b (out).
+        projected (`torch.Tensor`): A x (..., r).
+        scaled_B (`torch.Tensor`): (m / n) ⊙ c B diag(E) (out, r).
+    """
+    rows = scale_output(torch.atleast_2d(output).flatten(0, -2), scale, bias)
+    projected = torch.atleast_2d(projected).flatten(0, -2)
+    if rows.dtype == projected.dtype == scaled_B.dtype:
+        rows.addmm_(projected, scaled_B.T)  # made here, and not yet seen by anybody
+    else:
+        rows = rows + projected @ scaled_B.to(projected.dtype).T
+    return rows.view(output.shape)
 
 
 @torch.no_grad()

@@ -25,7 +25,14 @@ from transformers.pytorch_utils import Conv1D
 
 from peft.tuners.lora.layer import LoraVariant
 
-from .adadora import add_product, magnitude_scale, merged_rows, norm_dtype, scale_output, squared_adapted_row_norm
+from .adadora import (
+    adapted_output,
+    magnitude_scale,
+    merged_rows,
+    norm_dtype,
+    scale_output,
+    squared_adapted_row_norm,
+)
 from .base_weight import base_row_norm, base_rows
 from .kept import scales, squared_base_norm
 from .sharding import copy_whole_, whole
@@ -47,24 +54,23 @@ class AdaDoraLinearVariant(LoraVariant):
 
     @staticmethod
     def scales(module: nn.Module, active_adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """m / n (out, 1), whose only gradient is that of m, and c · E (r, 1); float32 at least."""
+        """m / n (out, 1), whose only gradient is that of m, and (m / n) ⊙ c B diag(E) (out, r); float32 at least."""
         lora_A, scaled_E, lora_B = module.update_factors(active_adapter)
         rows = base_rows(module)
         squared_norm = squared_adapted_row_norm(rows, lora_A, scaled_E, lora_B, squared_base_norm(module, rows))
-        return magnitude_scale(module.lora_magnitude[active_adapter], squared_norm), scaled_E
+        scale = magnitude_scale(module.lora_magnitude[active_adapter], squared_norm)
+        return scale, scale * lora_B * scaled_E.view(-1)
 
     @staticmethod
     def forward(
         module: nn.Module, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """h = (m / n) ⊙ (W x + ΔW dropout(x)) + b of shape (..., out), given x (..., in) and W x + b."""
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        scale, scaled_E = scales(module, active_adapter)  # m / n and c · E
+        lora_A = module.lora_A[active_adapter]
+        scale, scaled_B = scales(module, active_adapter)  # m / n and (m / n) ⊙ c B diag(E)
         x = module.lora_dropout[active_adapter](module._cast_input_dtype(x, lora_A.dtype))
-        projected = x @ lora_A.T
-        projected = (projected * scaled_E.view(-1)).to(projected.dtype)  # (..., r)
-        scaled = scale_output(result, scale.view(-1), module.get_base_layer().bias)
-        return add_product(scaled, projected, scale * lora_B).to(result.dtype)
+        bias = module.get_base_layer().bias
+        return adapted_output(result, scale.view(-1), bias, x @ lora_A.T, scaled_B).to(result.dtype)
 
     @staticmethod
     def merge_safe(module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
@@ -113,17 +119,14 @@ class AdaDoraConv2dVariant(AdaDoraLinearVariant):
         module: nn.Module, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """h = (m / n) ⊙ (W x + ΔW dropout(x)) + b of shape (..., out, height, width), given x and W x + b."""
-        base_layer = module.get_base_layer()
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        scale, scaled_E = scales(module, active_adapter)  # m / n and c · E
+        base_layer, lora_A = module.get_base_layer(), module.lora_A[active_adapter]
+        scale, scaled_B = scales(module, active_adapter)  # m / n and (m / n) ⊙ c B diag(E)
         bias = None if base_layer.bias is None else base_layer.bias.view(-1, 1, 1)
         scaled = scale_output(result, scale.view(-1, 1, 1), bias)
         if len(lora_A) > 0:
             x = module.lora_dropout[active_adapter](module._cast_input_dtype(x, lora_A.dtype))
-            groups = base_layer.groups
-            kernel = lora_A.view(-1, *base_layer.weight.shape[1:]).repeat(groups, 1, 1, 1)
+            kernel = lora_A.view(-1, *base_layer.weight.shape[1:]).repeat(base_layer.groups, 1, 1, 1)
             projected = base_layer._conv_forward(x, kernel, None)
-            projected = (projected * scaled_E.repeat(groups, 1).unsqueeze(1)).to(projected.dtype)
-            kernel = (scale * lora_B).to(projected.dtype)[:, :, None, None]
-            scaled = scaled + nn.functional.conv2d(projected, kernel, groups=groups)
+            kernel = scaled_B.to(projected.dtype)[:, :, None, None]
+            scaled = scaled + nn.functional.conv2d(projected, kernel, groups=base_layer.groups)
         return scaled.to(result.dtype)
