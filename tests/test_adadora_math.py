@@ -242,6 +242,17 @@ def test_zero_rows_stay_finite_and_equal_to_the_base_model_after_training_and_me
     assert torch.equal(layer(x)[:, ::2], expected[:, ::2])
 
 
+def test_what_a_hook_adds_to_a_row_of_zeros_is_left_as_it_is():
+    layer = make_layer(6, 8, 2)
+    base = layer.get_base_layer()
+    with torch.no_grad():
+        base.weight[::2] = 0
+        layer.lora_B["default"][::2] = 0
+    base.register_forward_hook(lambda module, args, output: output + 3)
+    x = torch.randn(5, 8)
+    assert torch.equal(layer(x)[:, ::2], base(x)[:, ::2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_where_the_update_cancels_the_weight_stay_finite(dtype):
     layer = make_layer(6, 8, 2, bias=False, dtype=dtype, trained=False)

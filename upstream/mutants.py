@@ -85,8 +85,8 @@ MUTANTS = [
         (
             Edit(
                 "adadora.py",
-                "torch.lerp(bias, output, scale)",
-                "output.sub_(bias).mul_(scale).add_(bias)",
+                "else torch.addcmul(bias - scale * bias, output, scale)",
+                "else output.sub_(bias).mul_(scale).add_(bias)",
             ),
         ),
         first="test_exactness.py",
@@ -112,7 +112,7 @@ MUTANTS = [
     ),
     Mutant(
         "scale the bias, too",
-        (Edit("adadora.py", "if bias is None:\n        return output *", "if True:\n        return output *"),),
+        (Edit("adadora.py", "output * scale if bias is None else", "output * scale if True else"),),
     ),
     Mutant(
         "take the norm over the wrong axis",
@@ -126,7 +126,7 @@ MUTANTS = [
     ),
     Mutant(
         "do not mask",
-        (Edit("allocator.py", "lora_E.masked_fill_(pruned, 0.0)", "pass"),),
+        (Edit("allocator.py", "values.masked_fill_(~masks.to(device), 0.0)", "pass"),),
         first="test_adadora_model.py",
     ),
     Mutant(
@@ -140,9 +140,12 @@ MUTANTS = [
             ),
             Edit(
                 "allocator.py",
-                "(lora_A.mean(dim=1) + lora_B.mean(dim=0))",
-                "(lora_A.mean(dim=1) + lora_B.mean(dim=0))"
-                ' + self.exp_avg_ipt.get(name % "lora_magnitude", torch.zeros(1)).mean()',
+                "score_of_E + (score_of_A + score_of_B)",
+                "score_of_E + (score_of_A + score_of_B) + torch.cat([\n"
+                '    ipt[name % "lora_magnitude"].mean().repeat(len(ipt[name % "lora_E"]))\n'
+                "    for ipt in [self.exp_avg_ipt]\n"
+                "    for name in self.name_set\n"
+                "])",
             ),
         ),
         first="test_adadora_model.py",
@@ -158,7 +161,15 @@ MUTANTS = [
         ),
         first="test_adadora_model.py",
     ),
-    Mutant("divide by a norm of zero", (Edit("adadora.py", "squared_norm <= ZERO_ROW", "squared_norm < 0"),)),
+    Mutant(
+        "divide by a norm of zero",
+        (Edit("adadora.py", "nn.functional.threshold(squared_norm, ZERO_ROW, torch.inf)", "squared_norm"),),
+    ),
+    Mutant("scale a row of zeros by 0", (Edit("adadora.py", "squared_norm <= ZERO_ROW", "squared_norm < 0"),)),
+    Mutant(
+        "round the factors to the weight's precision, where a GPU multiplies",
+        (Edit("adadora.py", "parts[rank:].copy_(right - parts[:rank])", "parts[rank:].zero_()"),),
+    ),
 ]
 
 
