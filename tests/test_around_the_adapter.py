@@ -11,6 +11,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from helpers import MLP, TARGETS, make_config, make_mlp, make_peft_mlp, svd_layers, train, train_by_hand
 from test_adadora_guards import X, state
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
@@ -19,7 +20,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.models.perceiver.modeling_perceiver import Conv2dSamePadding
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.adalora import SVDLinear
 
 
@@ -596,6 +597,37 @@ UNREAD = {
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
 }
+
+
+WRAP = {"checkpointing": checkpoint_wrapper, "compile": functools.partial(torch.compile, backend="eager")}
+
+
+class TestWrappedModules:
+    """Activation checkpointing and torch.compile put a name of theirs into those of what they wrap."""
+
+    def wrap(self, model, how, what):
+        for name in ("first", "last") if what == "some" else TARGETS:
+            setattr(model, name, WRAP[how](getattr(model, name)))
+
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    @pytest.mark.parametrize("what", ["some", "all"])
+    @pytest.mark.parametrize("how", WRAP)
+    def test_are_trained_saved_and_loaded(self, how, what, use_dora_adaptive, tmp_path):
+        twin, model = (make_peft_mlp(use_dora_adaptive=use_dora_adaptive) for _ in range(2))
+        self.wrap(model.base_model.model, how, what)
+        for each in (twin, model):
+            train(each)
+        assert model.peft_config["default"].rank_pattern == twin.peft_config["default"].rank_pattern
+        model.save_pretrained(tmp_path)
+        with torch.no_grad():
+            expected = twin(X)
+            torch.testing.assert_close(model(X), expected)
+            torch.testing.assert_close(reloaded(model, tmp_path)(X), expected)
+            if use_dora_adaptive:  # plain AdaLoRA takes no weights of other ranks
+                target = make_peft_mlp()
+                self.wrap(target.base_model.model, how, what)
+                set_peft_model_state_dict(target, get_peft_model_state_dict(model))
+                torch.testing.assert_close(target.eval()(X), expected)
 
 
 class TestOptions:

@@ -55,17 +55,19 @@ def exact_weights(
     weights: dict[str, torch.Tensor], state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str
 ) -> dict[str, torch.Tensor]:
     """
-    The weights to save, by their names without wrappers, and those of AdaDoRA that PEFT leaves out: of `state_dict`,
-    where a module is wrapped, or of the model, where another adapter is called like a module.
+    The weights to save, by their names without wrappers, and those that PEFT leaves out: of `state_dict`, where a
+    module is wrapped, or those of AdaDoRA of the model, where another adapter is called like a module.
     """
     given = {unwrapped_name(key): value for key, value in (*state_dict.items(), *weights.items())}
     others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
     exact = {unwrapped_name(key): value for key, value in weights.items() if not key.endswith(others)}
     for name, layer in adapted_layers(model, adapter_name).items():
-        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude") if adapter_name in layer.lora_magnitude else ():
+        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude"):
             key = f"{name}.{part}.{adapter_name}"
-            if key not in exact:
-                exact[key] = given[key] if key in given else whole(getattr(layer, part)[adapter_name])
+            if key in given:
+                exact[key] = given[key]
+            elif adapter_name in layer.lora_magnitude:
+                exact[key] = whole(getattr(layer, part)[adapter_name])
     return exact
 
 
