@@ -188,8 +188,8 @@ def adapted_output(
         output (`torch.Tensor`): W x + b (..., out).
         scale (`torch.Tensor`): m / n (out).
         bias (`torch.Tensor`, *optional*): b (out).
-        projected (`torch.Tensor`): A x (..., r).
-        scaled_B (`torch.Tensor`): (m / n) ⊙ c B diag(E) (out, r).
+        projected (`torch.Tensor`): c E ⊙ A x (..., r).
+        scaled_B (`torch.Tensor`): (m / n) ⊙ B (out, r).
     """
     rows = scale_output(torch.atleast_2d(output).flatten(0, -2), scale, bias)
     projected = torch.atleast_2d(projected).flatten(0, -2)

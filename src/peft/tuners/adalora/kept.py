@@ -61,7 +61,7 @@ def squared_base_norm(layer: nn.Module, rows: torch.Tensor | Rows) -> torch.Tens
 
 def scales(layer: nn.Module, adapter_name: str) -> Tensors:
     """
-    m / n (out, 1) and (m / n) ⊙ c B diag(E) (out, r), kept for as long as one `generate` of the model or one
+    m / n (out, 1), c · E (r, 1) and (m / n) ⊙ B (out, r), kept for as long as one `generate` of the model or one
     `DoraCaching()` lasts.
     """
 

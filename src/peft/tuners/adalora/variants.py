@@ -53,13 +53,13 @@ class AdaDoraLinearVariant(LoraVariant):
             copy_whole_(module.lora_magnitude[adapter_name], base_row_norm(module))
 
     @staticmethod
-    def scales(module: nn.Module, active_adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """m / n (out, 1), whose only gradient is that of m, and (m / n) ⊙ c B diag(E) (out, r); float32 at least."""
+    def scales(module: nn.Module, active_adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """m / n (out, 1) with no gradient but that of m, c · E (r, 1), (m / n) ⊙ B (out, r); float32 at least."""
         lora_A, scaled_E, lora_B = module.update_factors(active_adapter)
         rows = base_rows(module)
         squared_norm = squared_adapted_row_norm(rows, lora_A, scaled_E, lora_B, squared_base_norm(module, rows))
         scale = magnitude_scale(module.lora_magnitude[active_adapter], squared_norm)
-        return scale, scale * lora_B * scaled_E.view(-1)
+        return scale, scaled_E, scale * lora_B
 
     @staticmethod
     def forward(
@@ -67,10 +67,12 @@ class AdaDoraLinearVariant(LoraVariant):
     ) -> torch.Tensor:
         """h = (m / n) ⊙ (W x + ΔW dropout(x)) + b of shape (..., out), given x (..., in) and W x + b."""
         lora_A = module.lora_A[active_adapter]
-        scale, scaled_B = scales(module, active_adapter)  # m / n and (m / n) ⊙ c B diag(E)
+        scale, scaled_E, scaled_B = scales(module, active_adapter)  # m / n, c · E and (m / n) ⊙ B
         x = module.lora_dropout[active_adapter](module._cast_input_dtype(x, lora_A.dtype))
+        projected = x @ lora_A.T
+        projected = (projected * scaled_E.view(-1)).to(projected.dtype)  # (..., r)
         bias = module.get_base_layer().bias
-        return adapted_output(result, scale.view(-1), bias, x @ lora_A.T, scaled_B).to(result.dtype)
+        return adapted_output(result, scale.view(-1), bias, projected, scaled_B).to(result.dtype)
 
     @staticmethod
     def merge_safe(module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
@@ -120,13 +122,15 @@ class AdaDoraConv2dVariant(AdaDoraLinearVariant):
     ) -> torch.Tensor:
         """h = (m / n) ⊙ (W x + ΔW dropout(x)) + b of shape (..., out, height, width), given x and W x + b."""
         base_layer, lora_A = module.get_base_layer(), module.lora_A[active_adapter]
-        scale, scaled_B = scales(module, active_adapter)  # m / n and (m / n) ⊙ c B diag(E)
+        scale, scaled_E, scaled_B = scales(module, active_adapter)  # m / n, c · E and (m / n) ⊙ B
         bias = None if base_layer.bias is None else base_layer.bias.view(-1, 1, 1)
         scaled = scale_output(result, scale.view(-1, 1, 1), bias)
         if len(lora_A) > 0:
             x = module.lora_dropout[active_adapter](module._cast_input_dtype(x, lora_A.dtype))
-            kernel = lora_A.view(-1, *base_layer.weight.shape[1:]).repeat(base_layer.groups, 1, 1, 1)
+            groups = base_layer.groups
+            kernel = lora_A.view(-1, *base_layer.weight.shape[1:]).repeat(groups, 1, 1, 1)
             projected = base_layer._conv_forward(x, kernel, None)
+            projected = (projected * scaled_E.repeat(groups, 1).unsqueeze(1)).to(projected.dtype)
             kernel = scaled_B.to(projected.dtype)[:, :, None, None]
-            scaled = scaled + nn.functional.conv2d(projected, kernel, groups=base_layer.groups)
+            scaled = scaled + nn.functional.conv2d(projected, kernel, groups=groups)
         return scaled.to(result.dtype)
