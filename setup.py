@@ -24,7 +24,7 @@ class build_py_with_start_up_file(build_py):
 
 setup(
     package_dir={"": "src", "peft_adadora.peft": "src/peft"},
-    packages=["peft_adadora", "peft_adadora.peft.tuners.adalora"],
+    packages=["peft_adadora", "peft_adadora.peft.tuners.adalora", "peft-stubs", "peft-stubs.tuners.adalora"],
     py_modules=["_peft_adadora", "_peft_adadora_command"],
     cmdclass={"build_py": build_py_with_start_up_file},
 )

@@ -5,6 +5,8 @@ the environment that runs the tests, but not its start-up files. Where only the 
 stand-in for PEFT that is imported in no time takes the place of the real one.
 """
 
+import ast
+import dataclasses
 import ensurepip
 import importlib
 import json
@@ -252,11 +254,8 @@ class TestStartUp:
     def test_start_up_is_silent_when_warnings_are_errors(self, installed):
         assert installed.run("-W", "error", "-c", "pass").stderr == ""
 
-    def test_start_up_is_silent_when_the_module_is_gone(self, tmp_path):
-        shutil.copy(CHECKOUT / "src" / "peft_adadora.pth", tmp_path)
-        code = f"import site; site.addsitedir({str(tmp_path)!r})"
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, capture_output=True, text=True)
-        assert done.stderr == ""
+    def test_the_start_up_file_is_one_plain_import(self, installed):
+        assert (installed.site_packages / "peft_adadora.pth").read_text() == "import _peft_adadora\n"
 
 
 class TestWithoutStartUpFile:
@@ -340,6 +339,45 @@ class TestDoctor:
         done = wheel.run("-c", DOCTOR, python_path=[folder, stand_in], check=False)
         assert done.returncode == 1
         assert "Another import hook" in done.stdout and "InFront" in done.stdout
+
+
+TYPED = """\
+from peft import AdaLoraConfig, LoraConfig
+from peft.tuners.adalora import AdaLoraCallback, AdaLoraModel, SVDLinear
+
+config = AdaLoraConfig(init_r=12, target_r=8, total_step=10, target_modules=["q_proj"], use_dora_adaptive=True)
+flag: bool = config.use_dora_adaptive
+rank: int = config.init_r + LoraConfig(r=8).r
+callback = AdaLoraCallback()
+"""
+MISTYPED = f"{TYPED}AdaLoraConfig(use_dora_adaptiv=True)\n"
+
+
+class TestTypes:
+    """PEFT says that it is typed, so type checkers would not know of the flag."""
+
+    CHECKERS = ("mypy --follow-imports=silent --python-executable", "basedpyright --level error --pythonpath")
+
+    @pytest.mark.parametrize("checker", CHECKERS, ids=["mypy", "pyright"])
+    def test_a_type_checker_knows_the_flag(self, checker, wheel, tmp_path):
+        name, *options = checker.split()
+        program = Path(sys.executable).with_name(name)
+        if not program.exists():
+            pytest.skip(f"needs {name}")
+        for code, errors in ((TYPED, 0), (MISTYPED, 1)):
+            (tmp_path / "typed.py").write_text(code)
+            command = [program, *options, wheel.python, "typed.py"]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+            assert done.returncode == errors, done.stdout + done.stderr
+            assert ("use_dora_adaptiv" in done.stdout) == bool(errors)
+
+    def test_the_stub_has_the_fields_of_the_config(self):
+        stub = ast.parse((CHECKOUT / "src/peft-stubs/tuners/adalora/config.pyi").read_text())
+        (config,) = (node for node in stub.body if isinstance(node, ast.ClassDef))
+        peft = importlib.import_module("peft")
+        inherited = {field.name for field in dataclasses.fields(peft.LoraConfig)} - {"rank_pattern"}
+        fields = {field.name for field in dataclasses.fields(peft.AdaLoraConfig)} - inherited
+        assert {node.target.id for node in config.body} == fields
 
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])

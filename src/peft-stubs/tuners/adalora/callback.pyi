@@ -1,0 +1,4 @@
+from transformers import TrainerCallback
+
+class AdaLoraCallback(TrainerCallback):
+    def __init__(self) -> None: ...
