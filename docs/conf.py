@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parent / "source"
 AUTODOC = re.compile(r"^\[\[autodoc\]\] (\S+)((?:\n {4}- \S+)*)", flags=re.MULTILINE)
 
 project = "peft-adadora"
+project_copyright = "the authors of peft-adadora, Apache-2.0"
 root_doc = "index"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"

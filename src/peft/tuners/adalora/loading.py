@@ -115,6 +115,14 @@ def weights_of_layers(
     return {names.get(key, key): value for key, value in exact.items()}
 
 
+def wrapped_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights to load, by the names that the state dict of the model has, with those of wrappers."""
+    if all(name == unwrapped_name(name) for name, _ in model.named_modules()):
+        return weights
+    wrapped = {unwrapped_name(key): key for key in model.state_dict()}
+    return {wrapped.get(key, key): value for key, value in weights.items()}
+
+
 def check_loaded_weights(
     weights: dict[str, torch.Tensor], layers: dict[str, nn.Module], config: AdaLoraConfig, adapter_name: str
 ) -> None:

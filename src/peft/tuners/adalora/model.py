@@ -38,8 +38,9 @@ from .loading import (
     keep_ranks_of_pattern,
     keep_saved_ranks,
     weights_of_layers,
+    wrapped_weights,
 )
-from .names import adapted_layers, unwrapped_name
+from .names import adapted_layers
 from .options import check_first_allocation, check_name, check_options
 from .regularization import orthogonality_loss
 from .targets import check_targets
@@ -236,5 +237,4 @@ class AdaLoraModel(stock.AdaLoraModel):
         weights = weights_of_layers(weights, model, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
         weights = fit_to_loaded_weights(tuner, model, config, adapter_name, weights)
-        wrapped = {unwrapped_name(key): key for key in model.state_dict()}
-        return {wrapped.get(key, key): value for key, value in weights.items()}
+        return wrapped_weights(weights, model)
