@@ -107,7 +107,7 @@ def weights_of_layers(
     """The weights to load, by their names in the model without wrappers, which PEFT does not find behind wrappers."""
     names = {
         name_in_file(key, adapter_name): key
-        for name, layer in adapted_layers(model, adapter_name).items()
+        for name in adapted_layers(model, adapter_name)
         for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude")
         for key in [f"{name}.{part}.{adapter_name}"]
     }
