@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 
+# what ran without peft-adadora
+STOCK = "PEFT's AdaLoRA"
+
 WITHOUT_US = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__module__", "") != "_peft_adadora"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import apart
 import torch
+from apart import STOCK
 from report import Table
 from settings import Settings
 from torch import nn
@@ -22,17 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, LlamaForCausalLM
-from variants import ADADORA, ADALORA, DORA, LORA_ALPHA, RANK, adadora_config, adalora_config, dora_config
+from variants import ADADORA, ADALORA, DORA, LORA_ALPHA, RANK, VARIANTS
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
 
-LORA, STOCK = "LoRA", "PEFT's AdaLoRA"
+LORA = "LoRA"
 CONFIGS = {
     LORA: lambda rank, **kwargs: LoraConfig(r=rank, lora_alpha=LORA_ALPHA, **kwargs),
-    DORA: dora_config,
-    ADALORA: adalora_config,
-    ADADORA: adadora_config,
+    **{name: VARIANTS[name].config for name in (DORA, ADALORA, ADADORA)},
 }
 KINDS = ("bfloat16", "float32", "4-bit")
 TOKENS = (512, 2048, 8192)
@@ -148,7 +147,7 @@ def passes(variant: str, kind: str, layers: int, width: int, tokens: int, device
 def allocation(variant: str, layers: int, width: int, device_rates: dict) -> Launches:
     """An allocation in the budget phase that is not the first one, counted on the CPU, because it looks at values."""
     counter = Launches(**device_rates)
-    if CONFIGS[variant] not in (adalora_config, adadora_config):
+    if variant not in (ADALORA, ADADORA):
         return counter
     model = adapted_llama(variant, "bfloat16", layers, width, "cpu")
     for parameter in model.parameters():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import apart
 import torch
+from apart import STOCK
 from model import QUICK_LLAMA, SMALL_LLAMA
 from report import Table
 from settings import Settings
@@ -13,7 +14,6 @@ from timing import comparison
 from variants import ADADORA, ADALORA
 
 
-STOCK = "PEFT's AdaLoRA"
 CASES = {case.name: case for case in (SMALL_LLAMA, QUICK_LLAMA)}
 
 

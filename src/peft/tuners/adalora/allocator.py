@@ -25,14 +25,12 @@ import torch.distributed as dist
 from torch import nn
 
 from . import stock_layer as stock
-from .names import adapted_layers, layer_of_E
+from .names import FACTORS, adapted_layers, layer_of_E
 from .sharding import check_not_flattened, copy_whole_, has_master_copy, is_sharded, whole, whole_shape
 
 
 # so many forward passes in training without an allocation are no accident
 FORWARDS_UNTIL_WARNING = 200
-
-FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
 # what schedule-free optimizers, and averaging ones, call the other weights that they keep of a parameter
@@ -236,6 +234,8 @@ class RankAllocator(stock.RankAllocator):
         Set what is zero of E to zero as well in the other weights that a schedule-free or averaging optimizer keeps,
         or a pruned singular value would come back with them. Returns whether the optimizer keeps any.
         """
+        if not any(name in state for state in optimizer.state.values() for name in OTHER_WEIGHTS):
+            return False
         found = False
         for layer in adapted_layers(model, self.adapter_name).values():
             lora_E = layer.lora_E[self.adapter_name]
@@ -274,7 +274,7 @@ class RankAllocator(stock.RankAllocator):
             `ValueError`: If it is the state of another adapter or model; nothing has changed then.
         """
         parts = {kind: {} for kind in ("exp_avg_ipt", "exp_avg_unc", "rank_pattern")}
-        known = {name % part for name in self.name_set for part in ("lora_A", "lora_E", "lora_B")}
+        known = {name % part for name in self.name_set for part in FACTORS}
         for key, value in state_dict.items():
             kind, _, name = key.partition(".")
             if kind not in parts or name not in known:

@@ -32,12 +32,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from .allocator import FACTORS, RankAllocator
+from .allocator import RankAllocator
 from .base_weight import base_row_norm
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer
 from .model import AdaLoraModel
-from .names import adapted_layers, key_of_E
+from .names import DIM_OF_RANK, WEIGHTS, adapted_layers, key_of_E
 from .sharding import FSDP1_MESSAGE, copy_whole_, whole, whole_shape
 
 
@@ -298,7 +298,7 @@ def _adapter_params(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, nn.Para
     adapter_name = tuner.trainable_adapter_name
     params = {}
     for name, layer in _layers(tuner).items():
-        for part in (*FACTORS, "lora_magnitude", "ranknum"):
+        for part in (*WEIGHTS, "ranknum"):
             param = getattr(layer, part).get(adapter_name)
             if param is not None and (part != "ranknum" or param.requires_grad):
                 params[f"{name}.{part}.{adapter_name}"] = param
@@ -376,7 +376,7 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
         kept = state.get(f"rank_pattern.{name_of_E}", torch.ones(len(saved[name_of_E]), dtype=torch.bool))
         if adapter_name in layer.lora_magnitude:
             kept = kept | (saved[name_of_E].view(-1) != 0)  # see `keep_saved_ranks`
-        for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1), ("lora_magnitude", None)):
+        for part, dim in (*DIM_OF_RANK.items(), ("lora_magnitude", None)):
             name = f"{layer_name}.{part}.{adapter_name}"
             if name not in params:
                 continue
@@ -465,7 +465,7 @@ def _fill_up_layer(layer: AdaLoraLayer, adapter_name: str, weights: dict[str, to
     """[`_fill_up_ranks`] of the weights of one layer, whose names have a prefix, in place. Returns its saved rank."""
     rank = len(layer.lora_E[adapter_name])
     kept = len(weights.get(f"{prefix}lora_E.{adapter_name}", layer.lora_E[adapter_name]))
-    for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+    for part, dim in DIM_OF_RANK.items():
         name = f"{prefix}{part}.{adapter_name}"
         if name in weights and weights[name].shape[dim] < rank:
             rest = getattr(layer, part)[adapter_name].detach().narrow(dim, kept, rank - kept).to(weights[name])

@@ -21,7 +21,17 @@ import torch
 from torch import nn
 
 from .config import AdaLoraConfig
-from .names import PREFIX, adapted_layers, key_of_E, layer_of_E, name_in_file, part_of, unwrapped_name
+from .names import (
+    DIM_OF_RANK,
+    PREFIX,
+    WEIGHTS,
+    adapted_layers,
+    key_of_E,
+    layer_of_E,
+    name_in_file,
+    part_of,
+    unwrapped_name,
+)
 from .sharding import is_sharded, whole
 
 
@@ -62,7 +72,7 @@ def exact_weights(
     others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
     exact = {unwrapped_name(key): value for key, value in weights.items() if not key.endswith(others)}
     for name, layer in adapted_layers(model, adapter_name).items():
-        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude"):
+        for part in WEIGHTS:
             key = f"{name}.{part}.{adapter_name}"
             if key in given:
                 exact[key] = given[key]
@@ -93,7 +103,7 @@ def keep_saved_ranks(
         if config.saved_rank_pattern is not None:
             config.saved_rank_pattern[key] = keeps.tolist()
         indices = keeps.nonzero().view(-1)
-        for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+        for part, dim in DIM_OF_RANK.items():
             name = f"{prefix}{layer_of_E(key, adapter_name)}.{part}.{adapter_name}"
             if saved[name].shape[dim] == len(keeps) != len(indices):
                 saved[name] = saved[name].index_select(dim, indices.to(saved[name].device))
@@ -108,7 +118,7 @@ def weights_of_layers(
     names = {
         name_in_file(key, adapter_name): key
         for name in adapted_layers(model, adapter_name)
-        for part in ("lora_A", "lora_E", "lora_B", "lora_magnitude")
+        for part in WEIGHTS
         for key in [f"{name}.{part}.{adapter_name}"]
     }
     exact = {unwrapped_name(key): value for key, value in weights.items()}

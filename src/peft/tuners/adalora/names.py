@@ -18,6 +18,11 @@ import torch
 from torch import nn
 
 
+# the factors of an update by the dimension that their triplets have, and all weights that an adapter may have
+DIM_OF_RANK = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
+FACTORS = tuple(DIM_OF_RANK)
+WEIGHTS = (*FACTORS, "lora_magnitude")
+
 # of the names of modules inside of a PeftModel
 PREFIX = "base_model.model."
 

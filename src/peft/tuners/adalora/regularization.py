@@ -19,7 +19,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from .sharding import check_not_flattened
+from .sharding import check_not_flattened, is_sharded
 
 
 def orthogonality_loss(layers: list[nn.Module], adapter_name: str) -> torch.Tensor:
@@ -31,7 +31,7 @@ def orthogonality_loss(layers: list[nn.Module], adapter_name: str) -> torch.Tens
     for layer in layers:
         for factor, is_transposed in ((layer.lora_A[adapter_name], False), (layer.lora_B[adapter_name], True)):
             check_not_flattened(factor)
-            factor = factor.full_tensor() if hasattr(factor, "full_tensor") else factor
+            factor = factor.full_tensor() if is_sharded(factor) else factor
             groups[is_transposed, factor.shape, factor.dtype, factor.device].append(factor)
     norms = []
     for (is_transposed, *_), factors in groups.items():
