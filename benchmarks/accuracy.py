@@ -10,7 +10,7 @@ from cases import dtype_name
 from report import Table
 from settings import Settings
 
-from peft.tuners.adalora import adadora
+from peft.tuners.adalora import rows
 from peft.tuners.adalora.adadora import squared_adapted_row_norm
 from peft.tuners.lora.dora import DoraLinearLayer
 
@@ -83,7 +83,7 @@ def in_one_product(factors: Factors) -> torch.Tensor:
     def product(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         return left.to(out_dtype) @ right.to(out_dtype)
 
-    with patch.object(adadora, "multiplies_into_float32", lambda weight: True), patch.object(torch, "mm", product):
+    with patch.object(rows, "multiplies_into_float32", lambda weight: True), patch.object(torch, "mm", product):
         return squared_adapted_row_norm(*vars(factors).values()).sqrt().view(-1)
 
 

@@ -14,8 +14,9 @@ from transformers import TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft import AdaLoraConfig, get_peft_model
-from peft.tuners.adalora.base_weight import base_rows, base_weight, overwrite_base_weight
+from peft.tuners.adalora.base_weight import base_rows, base_weight
 from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.adalora.merging import overwrite_base_weight
 
 
 try:

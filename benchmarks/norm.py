@@ -9,7 +9,8 @@ from settings import Settings
 from timing import comparison, measure
 from variants import ADADORA, ADAPTER, DORA, adapted_layers
 
-from peft.tuners.adalora.adadora import squared_adapted_row_norm, squared_row_norm
+from peft.tuners.adalora.adadora import squared_adapted_row_norm
+from peft.tuners.adalora.rows import squared_row_norm
 
 
 FACTORED, KEPT, DENSE_NORM, DORA_NORM = "from the factors", "with ‖W‖² kept", "dense", "PEFT's DoRA"

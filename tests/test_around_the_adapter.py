@@ -546,7 +546,7 @@ class TestOffloadedWeights:
         for layer in svd_layers(model).values():
             if hasattr(layer.base_layer._hf_hook, "offload") and layer.base_layer._hf_hook.offload:
                 assert layer.base_layer.weight.is_meta
-                assert layer._kept_norm is None
+                assert layer.kept.norm is None
 
 
 class TestSchedules:

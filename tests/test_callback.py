@@ -1,6 +1,7 @@
 """`AdaLoraCallback`: what it does in a Trainer, and that a run that was killed ends as one that was not."""
 
 import json
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -441,3 +442,22 @@ class TestCheckpoint:
         trainer.save_model(tmp_path / "best")
         again = PeftModel.from_pretrained(make_llama(), tmp_path / "best").eval()
         torch.testing.assert_close(again(tokens).logits, expected(tokens).logits)
+
+    def test_the_whole_model_can_be_pickled_afterwards(self, tmp_path):
+        trainer = make_trainer(tmp_path, save_strategy="no")
+        trainer.train()
+        tokens = RandomTokens()[3]["input_ids"][None]
+        twin = pickle.loads(pickle.dumps(trainer.model))
+        assert torch.equal(twin.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
+
+    @pytest.mark.parametrize("target_modules", [["q_proj"], ["q_proj", "o_proj"]], ids=["fewer", "other"])
+    def test_a_pruned_adapter_of_other_modules_can_be_loaded_meanwhile(self, target_modules, tmp_path):
+        other = make_trainer(tmp_path, make_adalora_config(target_modules=target_modules), save_strategy="no")
+        other.train()
+        other.save_model(tmp_path / "other")
+        tokens = RandomTokens()[3]["input_ids"][None]
+        expected = PeftModel.from_pretrained(make_llama(), tmp_path / "other").eval()(tokens).logits
+        model = make_trainer(tmp_path, save_strategy="no").model
+        model.load_adapter(tmp_path / "other", "other")
+        model.set_adapter("other")
+        torch.testing.assert_close(model.eval()(tokens).logits, expected)

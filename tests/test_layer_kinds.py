@@ -21,6 +21,7 @@ from peft.tuners import adalora
 from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 from peft.tuners.adalora.base_weight import base_rows
 from peft.tuners.adalora.kept import scales, squared_base_norm
+from peft.tuners.adalora.quantized import resolve_backend
 
 
 try:
@@ -258,11 +259,11 @@ def kind(request) -> Kind:
 
 def test_a_copy_does_not_hold_what_the_layer_keeps(kind):
     layer = layer_of(make_model(kind)).eval()
-    fresh = vars(copy.deepcopy(layer)).keys()
     with torch.no_grad(), DoraCaching():
         layer(torch.randn(kind.input_shape))
-        assert vars(layer).keys() > fresh
-        assert vars(copy.deepcopy(layer)).keys() == fresh
+        assert layer.kept.norm is not None and layer.kept.scales is not None
+        twin = copy.deepcopy(layer)
+    assert twin.kept.norm is twin.kept.scales is None
 
 
 def test_forward_and_all_gradients_match_the_reference(kind):
@@ -446,7 +447,7 @@ def test_a_second_adapter_cannot_be_used_together_with_the_first(kind):
     model.add_adapter("other", other)
     with pytest.raises(NotImplementedError, match="only active adapter"):
         model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(NotImplementedError, match="together with another one"):
+    with pytest.raises(NotImplementedError, match="only active adapter"):
         layer_of(model).merge(adapter_names=["default", "other"])
 
 
@@ -480,7 +481,7 @@ class TestBitsandbytes:
     def test_blocks_of_rows_are_those_of_the_whole_weight(self, name):
         # of sizes that do not fit the blocks of quantization
         base = quantize(nn.Linear(42, 25, bias=False), name.partition("-")[0], "double" in name)
-        rows, expected = AdaLoraLayer.resolve_backend(base).get_base_rows(base), KINDS[name].rows(base)
+        rows, expected = resolve_backend(base).get_base_rows(base), KINDS[name].rows(base)
         for start, stop in ((0, 25), (0, 1), (3, 4), (5, 17), (23, 30)):
             assert relative_error(rows[start:stop], expected[start:stop]) < 1e-7
 
@@ -507,7 +508,7 @@ class TestBitsandbytes:
             )
             # its scales are bfloat16 then
             for _ in range(2):
-                assert relative_error(AdaLoraLayer.resolve_backend(base).get_base_rows(base)[0:64], expected) < 4e-3
+                assert relative_error(resolve_backend(base).get_base_rows(base)[0:64], expected) < 4e-3
 
 
 @pytest.mark.skipif(torchao is None, reason="needs torchao")
@@ -597,8 +598,8 @@ def test_training_mode_and_moving_the_model_forget_what_was_kept(name):
     x = torch.randn(KINDS[name].input_shape)
     with torch.no_grad(), DoraCaching():
         layer(x)
-        assert layer._kept_norm is not None and layer._kept_scales is not None
+        assert layer.kept.norm is not None and layer.kept.scales is not None
         layer.train()
-        assert layer._kept_scales is None
+        assert layer.kept.scales is None
         layer.to("cpu")
-        assert layer._kept_norm is None
+        assert layer.kept.norm is None

@@ -196,7 +196,7 @@ class TestMixedModel:
         x = torch.randn(3, 10)
         output = model(x)
         model.add_adapter("other", config_class(r=4, target_modules=TARGETS))
-        with pytest.raises(NotImplementedError, match="together with another one"):
+        with pytest.raises(NotImplementedError, match="only active adapter"):
             model.set_adapter(["default", "other"])
         assert torch.equal(model(x), output)
         model.set_adapter("other")

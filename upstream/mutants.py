@@ -168,7 +168,7 @@ MUTANTS = [
     Mutant("scale a row of zeros by 0", (Edit("adadora.py", "squared_norm <= ZERO_ROW", "squared_norm < 0"),)),
     Mutant(
         "round the factors to the weight's precision, where a GPU multiplies",
-        (Edit("adadora.py", "parts[rank:].copy_(right - parts[:rank])", "parts[rank:].zero_()"),),
+        (Edit("rows.py", "parts[rank:].copy_(right - parts[:rank])", "parts[rank:].zero_()"),),
     ),
 ]
 

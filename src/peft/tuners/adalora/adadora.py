@@ -25,99 +25,20 @@ h  = (m / n) ⊙ (W x + ΔW x) + bias            m (out, 1)
 ```
 
 Nothing here keeps anything, or writes to a tensor that it was given. Nothing builds an (out, in) matrix but
-`merged_rows`, and that one goes block by block. Norms are float32 whatever the dtype of the weight (float64 for a
-float64 weight).
+`merged_rows`, and that one goes block by block.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Optional, Protocol
+from collections.abc import Iterator
+from typing import Optional
 
 import torch
 from torch import nn
 
+from .rows import Rows, full_precision, norm_dtype, row_blocks, rows_times, squared_row_norm
 
-# At most this many elements of a weight are copied to another dtype at a time: on a CPU, and where launches count.
-BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS = 2**20, 2**24
-
-# A CPU multiplies by so many columns faster than by a few less: by 16 in two thirds of the time that 12 take.
-PRODUCT_COLUMNS = 16
-
-# Whether `torch.mm` takes `out_dtype`, compiled too, where PyTorch is for CUDA.
-HAS_FLOAT32_RESULT = torch.__version__ >= (2, 10) and torch.version.hip is None
 
 # A squared row norm below this has lost its precision to underflow: the row counts as zero.
 ZERO_ROW = 1e-30
-
-
-class Rows(Protocol):
-    """A weight of shape (out, in) that can be had only block by block, such as a quantized one."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-    def __getitem__(self, rows: slice) -> torch.Tensor: ...
-
-
-def row_blocks(weight: torch.Tensor | Rows) -> Iterator[slice]:
-    """
-    Slices that cut the rows of `weight` (out, in) into at least eight blocks of at most `BLOCK_ELEMENTS` elements, or
-    `DEVICE_BLOCK_ELEMENTS` if it is not on a CPU.
-    """
-    out_features, in_features = weight.shape
-    elements = BLOCK_ELEMENTS if weight.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
-    rows = max(1, min(elements // max(1, in_features), -(-out_features // 8)))
-    for start in range(0, out_features, rows):
-        yield slice(start, start + rows)
-
-
-def norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms, scales and merges of a weight of this dtype are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast does not lower the precision of matrix products on `device`."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def by_blocks(function: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor | Rows) -> torch.Tensor:
-    """`function` of the weight in its norm's dtype; of a block of rows at a time where they have to be converted."""
-    dtype = norm_dtype(weight.dtype)
-    if isinstance(weight, torch.Tensor) and weight.dtype == dtype:
-        return function(weight)
-    return torch.cat([function(weight[rows].to(dtype)) for rows in row_blocks(weight)])
-
-
-def multiplies_into_float32(weight: torch.Tensor | Rows) -> bool:
-    """Whether the device multiplies matrices of the weight's dtype into a float32 result, without converting them."""
-    is_low = weight.dtype in (torch.bfloat16, torch.float16)
-    return is_low and HAS_FLOAT32_RESULT and weight.device.type in ("cuda", "meta")
-
-
-def squared_row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
-    """‖W‖² of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
-    if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # where nothing is copied to convert it
-        dtype = norm_dtype(weight.dtype)
-        return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=dtype).square()
-    return by_blocks(lambda rows: torch.linalg.vector_norm(rows, dim=1, keepdim=True), weight).square()
-
-
-def rows_times(weight: torch.Tensor | Rows, right: torch.Tensor) -> torch.Tensor:
-    """W Rᵀ (out, r), of a weight (out, in) and a constant R (r, in) in the dtype of its norm, which the result has."""
-    rank = len(right)
-    if multiplies_into_float32(weight):
-        # two parts of R have twice the bits of one
-        parts = right.new_empty(2 * rank, right.shape[1], dtype=weight.dtype)
-        parts[:rank].copy_(right)
-        parts[rank:].copy_(right - parts[:rank])
-        products = torch.mm(weight[:], parts.T, out_dtype=right.dtype)
-        return products[:, :rank] + products[:, rank:]
-    padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
-    return by_blocks(lambda rows: rows @ padded.T, weight)[:, :rank]
 
 
 def squared_adapted_row_norm(

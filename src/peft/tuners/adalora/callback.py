@@ -38,6 +38,7 @@ from .config import AdaLoraConfig
 from .layer import AdaLoraLayer
 from .model import AdaLoraModel
 from .names import DIM_OF_RANK, WEIGHTS, adapted_layers, key_of_E
+from .options import check_unpruned
 from .sharding import FSDP1_MESSAGE, copy_whole_, whole, whole_shape
 
 
@@ -96,12 +97,10 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         if getattr(AcceleratorState._shared_state.get("fsdp_plugin"), "fsdp_version", 2) == 1:
             raise NotImplementedError(FSDP1_MESSAGE)
-        for tuner in _modules(model, AdaLoraModel):
-            tuner.fit_loaded_weights = _fill_up_ranks
         for layer in _modules(model, AdaLoraLayer):
             _upcast_quantized_magnitudes(layer)
         if (tuner := _find_tuner(model)) is not None:
-            _fill_up_state_dicts(tuner)
+            _keep_shapes(tuner)
         with args.main_process_first(local=False, desc="looking for unfinished checkpoints"):
             if args.process_index == 0:
                 _set_aside_unfinished_checkpoints(args.output_dir)
@@ -111,7 +110,12 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         self._tuner = _tuner_of(model)
         self._saved_step = None
-        _check_ranks(self._tuner)
+        _keep_shapes(self._tuner)
+        check_unpruned(
+            self._tuner,
+            "what further training would save could not be loaded; resume from a checkpoint of the Trainer, or merge "
+            "the adapter and train a new one",
+        )
         adapter_name = self._tuner.trainable_adapter_name
         if any(
             layer.ranknum[adapter_name].requires_grad
@@ -244,7 +248,6 @@ def _modules(model: nn.Module, kind: type[T]) -> Iterator[T]:
 def _find_tuner(model: nn.Module) -> Optional[AdaLoraModel | _InjectedAdaLora]:
     for tuner in _modules(model, AdaLoraModel):
         if hasattr(tuner, "rankallocator"):
-            tuner.fit_loaded_weights = _fill_up_ranks
             return tuner
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
@@ -262,18 +265,6 @@ def _tuner_of(model: nn.Module) -> AdaLoraModel | _InjectedAdaLora:
 
 def _layers(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, AdaLoraLayer]:
     return adapted_layers(tuner.model, tuner.trainable_adapter_name)
-
-
-def _check_ranks(tuner: AdaLoraModel | _InjectedAdaLora) -> None:
-    config = tuner.rankallocator.peft_config
-    for name, layer in _layers(tuner).items():
-        rank = whole_shape(layer.lora_E[tuner.trainable_adapter_name])[0]
-        if rank != config.init_r:
-            raise ValueError(
-                f"{name!r} has rank {rank} instead of init_r={config.init_r}, because the adapter was loaded pruned. "
-                "What further training would save could not be loaded; resume from a checkpoint of the Trainer, or "
-                "merge the adapter and train a new one."
-            )
 
 
 def _set_total_step(tuner: AdaLoraModel | _InjectedAdaLora, total_step: int) -> None:
@@ -444,25 +435,37 @@ def _upcast_quantized_magnitudes(layer: AdaLoraLayer) -> None:
             magnitude.data = torch.where(is_rounded, norm, magnitude.float())
 
 
-def _fill_up_ranks(
-    weights: dict[str, torch.Tensor], layers: dict[str, AdaLoraLayer], config: AdaLoraConfig, adapter_name: str
-) -> dict[str, torch.Tensor]:
+def _keep_shapes(tuner: AdaLoraModel | _InjectedAdaLora) -> None:
     """
-    Give the loaded weights of a pruned adapter the shapes that it has in the model, because an optimizer may hold its
-    parameters: its triplets first, and behind them those of the model with a singular value of 0. The rank pattern in
-    `config` is set to match.
+    Let the weights of pruned adapters be loaded into parameters that keep their shapes, because an optimizer may hold
+    them: the triplets that there are first, and behind them those of the model with a singular value of 0.
     """
-    filled, rank_pattern = dict(weights), {}
-    for name, layer in layers.items():
-        kept = _fill_up_layer(layer, adapter_name, filled, f"{name}.")
-        rank_pattern[key_of_E(name)] = [index < kept for index in range(len(layer.lora_E[adapter_name]))]
-    is_pruned = not all(map(all, rank_pattern.values()))
-    config.rank_pattern = rank_pattern if is_pruned else None
-    return filled
+    for name, layer in _layers(tuner).items():
+        if not layer.keeps_shapes:
+            layer.keeps_shapes = True
+            hook = partial(_before_loading, name=name, configs=tuner.peft_config)
+            layer.register_load_state_dict_pre_hook(hook)
 
 
-def _fill_up_layer(layer: AdaLoraLayer, adapter_name: str, weights: dict[str, torch.Tensor], prefix: str) -> int:
-    """[`_fill_up_ranks`] of the weights of one layer, whose names have a prefix, in place. Returns its saved rank."""
+def _before_loading(
+    layer: AdaLoraLayer,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+    name: str,
+    configs: dict[str, AdaLoraConfig],
+) -> None:
+    for adapter_name in layer.lora_E:
+        rank = len(layer.lora_E[adapter_name])
+        kept = _fill_up(layer, adapter_name, state_dict, prefix)
+        if kept < rank:
+            config, names = configs[adapter_name], (f"{name}.lora_E.{adapter_name}", key_of_E(name))
+            others = {key: mask for key, mask in (config.rank_pattern or {}).items() if key not in names}
+            config.rank_pattern = {**others, key_of_E(name): [index < kept for index in range(rank)]}
+
+
+def _fill_up(layer: AdaLoraLayer, adapter_name: str, weights: dict[str, torch.Tensor], prefix: str) -> int:
+    """Give loaded weights of a layer, whose names have a prefix, its shapes, in place. Returns their rank."""
     rank = len(layer.lora_E[adapter_name])
     kept = len(weights.get(f"{prefix}lora_E.{adapter_name}", layer.lora_E[adapter_name]))
     for part, dim in DIM_OF_RANK.items():
@@ -472,22 +475,6 @@ def _fill_up_layer(layer: AdaLoraLayer, adapter_name: str, weights: dict[str, to
             rest = torch.zeros_like(rest) if part == "lora_E" else rest
             weights[name] = torch.cat([weights[name], rest], dim)
     return kept
-
-
-def _fill_up_state_dicts(tuner: AdaLoraModel | _InjectedAdaLora) -> None:
-    """[`_fill_up_ranks`] where a trainer loads the state dict of the whole model, as sentence-transformers' does."""
-    config, adapter_name = tuner.rankallocator.peft_config, tuner.trainable_adapter_name
-
-    def before_loading(layer: AdaLoraLayer, state_dict: dict[str, Any], prefix: str, *_: Any, name: str) -> None:
-        rank = len(layer.lora_E[adapter_name])
-        kept = _fill_up_layer(layer, adapter_name, state_dict, prefix)
-        if kept < rank:
-            names = (f"{name}.lora_E.{adapter_name}", key_of_E(name))
-            others = {key: mask for key, mask in (config.rank_pattern or {}).items() if key not in names}
-            config.rank_pattern = {**others, key_of_E(name): [index < kept for index in range(rank)]}
-
-    for name, layer in _layers(tuner).items():
-        layer.register_load_state_dict_pre_hook(partial(before_loading, name=name))
 
 
 def _lock(folder: str) -> Optional[int]:

@@ -22,7 +22,7 @@ import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -30,14 +30,14 @@ from torch import nn
 
 from peft.tuners.lora import dora
 
-from .adadora import Rows, squared_row_norm
+from .rows import Rows, squared_row_norm
 from .sharding import is_partitioned
 
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-class _Kept(NamedTuple):
+class _Values(NamedTuple):
     """Values computed from some tensors. It never changes, so threads that share it by mistake read what is right."""
 
     owner: Hashable
@@ -45,6 +45,31 @@ class _Kept(NamedTuple):
     aliases: list[torch.Tensor]  # hold the storages, whose addresses can then belong to no other tensor
     states: list[tuple[int, int]]
     values: Tensors
+
+
+class Kept(nn.Module):
+    """
+    What a layer keeps: a module without parameters, so that it forgets when the layer moves, trains, or is copied.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generation: Optional[object] = None
+        self.forget()
+
+    def forget(self) -> None:
+        self.norm = self.scales = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Kept":
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "Kept":
+        self.scales = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles
+        return {**self.__dict__, "norm": None, "scales": None}
 
 
 class _Session:
@@ -56,7 +81,7 @@ def squared_base_norm(layer: nn.Module, rows: torch.Tensor | Rows) -> torch.Tens
     weight = layer.get_base_layer().weight
     if weight.requires_grad or is_partitioned(weight):
         return squared_row_norm(rows)
-    return _keep(layer, "_kept_norm", lambda: (squared_row_norm(rows),), _stored_tensors(weight), None)[0]
+    return _keep(layer, "norm", lambda: (squared_row_norm(rows),), _stored_tensors(weight), None)[0]
 
 
 def scales(layer: nn.Module, adapter_name: str) -> Tensors:
@@ -75,11 +100,11 @@ def scales(layer: nn.Module, adapter_name: str) -> Tensors:
     needs_grad = torch.is_grad_enabled() and any(param.requires_grad for param in params)
     session = None if needs_grad else _session(layer)
     if session is None:
-        layer._kept_scales = None  # a training step may follow, and a fused optimizer does not count its writes
+        layer.kept.scales = None  # a training step may follow, and a fused optimizer does not count its writes
         return compute()
     tensors = [*_stored_tensors(layer.get_base_layer().weight), *params]
     owner = session, adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled()
-    return _keep(layer, "_kept_scales", compute, tensors, owner)
+    return _keep(layer, "scales", compute, tensors, owner)
 
 
 @contextmanager
@@ -87,18 +112,18 @@ def generation(layers: list[nn.Module]) -> Iterator[None]:
     """In which the layers keep m / n: one `generate` of their model."""
     token = object()
     for layer in layers:
-        layer._generation = token
+        layer.kept.generation = token
     try:
         yield
     finally:
         for layer in layers:
-            layer._generation = layer._kept_scales = None
+            layer.kept.generation = layer.kept.scales = None
 
 
 def _session(layer: nn.Module) -> Optional[object]:
     """What m / n may be kept for: one `generate` of the model, or one `DoraCaching()`. `None` outside of both."""
-    if layer._generation is not None:
-        return layer._generation
+    if layer.kept.generation is not None:
+        return layer.kept.generation
     if layer.training or not dora.ENABLE_DORA_CACHING:
         return None
     if dora.ENABLE_DORA_CACHING is True:
@@ -121,7 +146,7 @@ def _keep(
 
     Args:
         layer (`nn.Module`): Keeps the values.
-        place (`str`): The attribute that they are kept in, `None` at first.
+        place (`str`): The attribute of its [`Kept`] that they are in, `None` at first.
         compute (`Callable`): Gives the values.
         tensors (`list[torch.Tensor]`): The values are used for as long as these have the same storages and versions.
         owner (`Hashable`): The values are used for as long as this is the same, too.
@@ -134,12 +159,12 @@ def _keep(
         states = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
     except RuntimeError:  # made in inference mode, where nobody counts writes, or without storage
         return compute()
-    kept = getattr(layer, place)  # once, because another thread may replace it
+    kept = getattr(layer.kept, place)  # once, because another thread may replace it
     if kept and kept.owner == owner and kept.states == states and all(map(operator.is_, kept.tensors, tensors)):
         return kept.values
     values = compute()
     if all(map(_has_values, (*tensors, *values))):
-        setattr(layer, place, _Kept(owner, tensors, [tensor.detach() for tensor in tensors], states, values))
+        setattr(layer.kept, place, _Values(owner, tensors, [tensor.detach() for tensor in tensors], states, values))
     return values
 
 

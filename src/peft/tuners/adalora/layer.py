@@ -23,14 +23,16 @@ import torch
 from torch import nn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import gather_params_ctx
-from peft.utils.quantization_utils import QuantizationBackend
 
 from . import stock_layer as stock
-from .adadora import norm_dtype
 from .allocator import RankAllocator
-from .base_weight import base_weight, check_overwrite, here, overwrite_base_weight, shares_rows
+from .base_weight import here
 from .config import AdaLoraConfig
+from .kept import Kept
+from .merging import adapter_to_merge, merge_adapter
+from .options import check_only_adapter
+from .quantized import resolve_backend
+from .rows import norm_dtype
 from .targets import check_magnitude_support
 from .variants import AdaDoraConv2dVariant, AdaDoraLinearVariant
 
@@ -47,20 +49,11 @@ class _WithDict:
 
 
 class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
-    """
-    PEFT's AdaLoRA layer with a place for magnitudes: `lora_magnitude`, one of shape (out, 1) per AdaDoRA adapter.
-    """
+    """PEFT's AdaLoRA layer with magnitudes: `lora_magnitude`, one of shape (out, 1) for each AdaDoRA adapter."""
 
     adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
-    # see kept.py
-    _generation = _kept_norm = _kept_scales = None
-
-    @staticmethod
-    def resolve_backend(base_layer: nn.Module) -> Optional[QuantizationBackend]:
-        """How a quantized weight is read and written: PEFT's backend, a block of rows at a time."""
-        from .quantized import resolve_backend  # not before there is a layer
-
-        return resolve_backend(base_layer)
+    # whether an optimizer may hold the adapters, so that loading weights must not change their shapes
+    keeps_shapes = False
 
     @property
     def use_dora_adaptive(self) -> bool:
@@ -75,20 +68,18 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         if not hasattr(self, "lora_magnitude"):
             # the constructors of PEFT's layers call the __init__ of PEFT's AdaLoraLayer, but all of them come here
             self.lora_magnitude = nn.ParameterDict({})
-        variant = None
+            self.kept = Kept()
         if config.use_dora_adaptive:
-            backend = self.resolve_backend(self.get_base_layer())
-            check_magnitude_support(self.get_base_layer(), backend)
-            # not `resolve_lora_variant`, which refuses options of LoRA's other variants, which AdaLoRA does not read
-            variant = self.lora_variants["use_dora_adaptive",]
-            self.quantization_backend = self.quantization_backend or backend
+            check_magnitude_support(self.get_base_layer())
+            self.quantization_backend = self.quantization_backend or resolve_backend(self.get_base_layer())
         with self.magnitude_aside(adapter_name) as learned:
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        if variant is not None:
-            self.lora_variant[adapter_name] = variant
+        if config.use_dora_adaptive:
+            # not `resolve_lora_variant`, which refuses options of LoRA's other variants, which AdaLoRA does not read
+            self.lora_variant[adapter_name] = self.lora_variants["use_dora_adaptive",]
             self.ranknum[adapter_name].requires_grad_(False)
             if learned is None:
-                variant.init(self, adapter_name)
+                self.lora_variant[adapter_name].init(self, adapter_name)
 
     @contextmanager
     def magnitude_aside(self, adapter_name: str) -> Iterator[Optional[nn.Parameter]]:
@@ -118,21 +109,13 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
             self.lora_variant[adapter_name].init(self, adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        self._check_only_adapter([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        check_only_adapter(adapter_names, self.lora_magnitude)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    def _check_only_adapter(self, adapter_names: list[str]) -> None:
-        for name in adapter_names if len(adapter_names) > 1 else ():
-            if name in self.lora_magnitude:
-                raise NotImplementedError(
-                    f"The AdaDoRA adapter {name!r} cannot be used together with another one but got "
-                    f"{list(adapter_names)}; choose one of them."
-                )
-
-    def _only_adapter(self, adapter_names: list[str]) -> Optional[str]:
+    def only_adapter(self, adapter_names: list[str]) -> Optional[str]:
         """The AdaDoRA adapter among those of this layer, if there is one; it has to be the only one."""
         names = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A]
-        self._check_only_adapter(names)
+        check_only_adapter(names, self.lora_magnitude)
         return names[0] if names and names[0] in self.lora_magnitude else None
 
     def update_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -142,74 +125,22 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         scaled_E = self.lora_E[adapter_name] / ((ranknum + 1e-5) / self.scaling[adapter_name])
         return self.lora_A[adapter_name], scaled_E, self.lora_B[adapter_name]
 
-    def _forget(self) -> None:
-        self._kept_norm = self._kept_scales = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # copies and pickles
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_kept_")}
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "AdaLoraLayer":
-        self._forget()
-        return nn.Module._apply(self, *args, **kwargs)
-
-    def train(self, mode: bool = True) -> "AdaLoraLayer":
-        self._kept_scales = None
-        return nn.Module.train(self, mode)
-
-    def adapter_to_merge(self, adapter_names: Optional[list[str]]) -> Optional[str]:
-        """
-        The AdaDoRA adapter that `merge` would merge, or `None`. Raises a `NotImplementedError` if it cannot be: with
-        another adapter, or into a weight of torchao of which the model does not say how it was quantized.
-        """
-        if isinstance(adapter_names, str):
-            return None
-        names = self.active_adapters if adapter_names is None else adapter_names
-        adapter_name = self._only_adapter([*self.merged_adapters, *names])
-        if adapter_name is None or adapter_name in self.merged_adapters:
-            return None
-        check_overwrite(self)
-        return adapter_name
-
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """
         Merge the active adapters, or those named, into the base weight. AdaDoRA cannot be unmerged afterwards. Raises
-        as [`AdaLoraLayer.adapter_to_merge`], and a `ValueError` if `safe_merge=True` and the result is not finite.
+        as [`adapter_to_merge`], and a `ValueError` if `safe_merge=True` and the result is not finite.
         """
-        adapter_name = self.adapter_to_merge(adapter_names)
-        self._forget()
+        adapter_name = adapter_to_merge(self, adapter_names)
+        self.kept.forget()
         if adapter_name is None:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
-            self.merge_variant(adapter_name, safe_merge)
-
-    def merge_variant(self, adapter_name: str, safe_merge: bool) -> None:
-        """Merge an AdaDoRA adapter, see `merge`."""
-        parts = (self.lora_A, self.lora_E, self.lora_B, self.lora_magnitude)
-        with gather_params_ctx([self.get_base_layer().weight, *(part[adapter_name] for part in parts)]):
-            if safe_merge:
-                merged = self.checked_merged_weight(adapter_name)
-            elif shares_rows(merged := base_weight(self)):
-                merged = self.lora_variant[adapter_name].merge_safe(self, adapter_name, merged)
-            else:
-                self.lora_variant[adapter_name].merge_unsafe(self, adapter_name, merged)
-            overwrite_base_weight(self, merged)
-        self.merged_adapters.append(adapter_name)
-
-    def checked_merged_weight(self, adapter_name: str) -> torch.Tensor:
-        """The merged weight, dequantized and not yet stored. Raises a `ValueError` if it is not finite."""
-        merged = self.lora_variant[adapter_name].merge_safe(self, adapter_name, base_weight(self))
-        if not torch.isfinite(merged).all():
-            raise ValueError(
-                f"The merged weight of adapter {adapter_name!r} is not finite, so the adapter seems to be broken; "
-                "nothing was merged."
-            )
-        return merged
+            merge_adapter(self, adapter_name, safe_merge)
 
     def unmerge(self) -> None:
         """Unmerge all merged adapters. Raises a `NotImplementedError` if one of them is AdaDoRA."""
         self.check_unmerge()
-        self._forget()
+        self.kept.forget()
         super().unmerge()
 
     def check_unmerge(self) -> None:
@@ -229,7 +160,7 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         if self.disable_adapters:
             self.check_unmerge()
             return None
-        return self._only_adapter(self.merged_adapters or self.active_adapters)
+        return self.only_adapter(self.merged_adapters or self.active_adapters)
 
     def forward_variant(self, adapter_name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output of the layer with an AdaDoRA adapter."""
@@ -263,8 +194,7 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
             config.use_dora_adaptive = use_dora_adaptive
         if config.use_dora_adaptive:
             innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-            backend = self.resolve_backend(innermost)
-            check_magnitude_support(innermost, backend, fan_in_fan_out=config.fan_in_fan_out)
+            check_magnitude_support(innermost, fan_in_fan_out=config.fan_in_fan_out)
         stock.SVDLinear.__init__(self, base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
 
 

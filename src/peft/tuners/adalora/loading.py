@@ -192,7 +192,7 @@ def fit_to_loaded_weights(
     config: AdaLoraConfig,
     adapter_name: str,
     weights: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
+) -> None:
     """
     Make an adapter of the ranks that the weights to load have, after [`check_loaded_weights`]. If they are refused,
     nothing has changed: an adapter that was added for them is gone again.
@@ -201,9 +201,6 @@ def fit_to_loaded_weights(
         tuner (`AdaLoraModel`, *optional*): The model's; `None` if the adapter was injected without.
         model (`nn.Module`): The model to load into, such as a `PeftModel`.
         weights (`dict[str, torch.Tensor]`): By their names in the model.
-
-    Returns:
-        `dict[str, torch.Tensor]`: What is to be loaded.
     """
     layers = adapted_layers(model, adapter_name)
     before = tuner.__dict__.get("_before_loading", {}).pop(adapter_name, None) if tuner else None
@@ -213,27 +210,22 @@ def fit_to_loaded_weights(
         if before is not None:
             before.put_back(tuner, model, layers.values(), adapter_name)
         raise
-    if tuner and tuner.fit_loaded_weights is not None:
-        return tuner.fit_loaded_weights(weights, layers, config, adapter_name)
-    if config.use_dora_adaptive:
-        _fit_ranks(weights, layers, config, adapter_name)
+    keep_shapes = any(layer.keeps_shapes for layer in layers.values())
+    if config.use_dora_adaptive or keep_shapes:
+        ranks = {
+            name: len(weights.get(f"{name}.lora_E.{adapter_name}", layer.lora_E[adapter_name]))
+            for name, layer in layers.items()
+        }
+        for name, layer in layers.items():
+            if not layer.keeps_shapes:
+                keep_ranks(layer, adapter_name, torch.arange(ranks[name]))
+        if keep_shapes or set(map(key_of_E, layers)) != (config.rank_pattern or {}).keys():
+            pattern = {
+                key_of_E(name): [index < rank for index in range(config.init_r)] for name, rank in ranks.items()
+            }
+            config.rank_pattern = None if all(map(all, pattern.values())) else pattern
     elif config.rank_pattern is not None and tuner:
         tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
-    return weights
-
-
-def _fit_ranks(
-    weights: dict[str, torch.Tensor], layers: dict[str, nn.Module], config: AdaLoraConfig, adapter_name: str
-) -> None:
-    """Give each layer the rank that its loaded weights have, and the config a rank pattern that says so."""
-    pattern = {}
-    for name, layer in layers.items():
-        rank = len(weights[f"{name}.lora_E.{adapter_name}"])
-        keep_ranks(layer, adapter_name, torch.arange(rank))
-        pattern[key_of_E(name)] = [index < rank for index in range(config.init_r)]
-    if pattern.keys() != (config.rank_pattern or {}).keys():
-        is_pruned = not all(map(all, pattern.values()))
-        config.rank_pattern = pattern if is_pruned else None
 
 
 class BeforeLoading:

@@ -16,7 +16,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
@@ -26,23 +26,18 @@ from torch import nn
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from . import loading
 from . import stock_model as stock
-from .base_weight import check_not_shared, here
+from .base_weight import here
 from .config import AdaLoraConfig
 from .kept import generation
 from .layer import AdaLoraLayer, RankAllocator
-from .loading import (
-    BeforeLoading,
-    exact_weights,
-    fit_to_loaded_weights,
-    keep_ranks_of_pattern,
-    keep_saved_ranks,
-    weights_of_layers,
-    wrapped_weights,
-)
+from .merging import check_merge
 from .names import adapted_layers
-from .options import check_first_allocation, check_name, check_options
-from .regularization import orthogonality_loss
+from .options import check_first_allocation, check_name, check_only_adapter, check_options
+from .quantized import learn_how_to_quantize
+from .regularization import add_orthogonality_loss
+from .sharding import is_sharded
 from .targets import check_targets
 
 
@@ -53,24 +48,20 @@ class AdaLoraModel(stock.AdaLoraModel):
     What is refused for AdaDoRA is refused here for the whole model, before any of its layers has changed.
     """
 
-    # what fits loaded weights to adapters that an optimizer holds and that must keep their shapes, if there are any
-    fit_loaded_weights: Optional[Callable] = None
+    # whether the regularization has been part of a loss
+    adds_regularization = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's, but the orthogonality term of an AdaDoRA adapter is part of the loss in training alone."""
         if not hasattr(self, "trainable_adapter_name"):
             return self.model.forward(*args, **kwargs)
-        config = self.peft_config[self.trainable_adapter_name]
-        layers = list(adapted_layers(self.model, self.trainable_adapter_name).values())
-        is_sharded = any(hasattr(layer.lora_A[self.trainable_adapter_name], "full_tensor") for layer in layers)
-        if not config.use_dora_adaptive and not is_sharded:
+        adapter_name = self.trainable_adapter_name
+        config, layers = self.peft_config[adapter_name], adapted_layers(self.model, adapter_name).values()
+        if not config.use_dora_adaptive and not any(is_sharded(layer.lora_A[adapter_name]) for layer in layers):
             return super().forward(*args, **kwargs)
         outputs = self.model.forward(*args, **kwargs)
-        is_training = self.training or not config.use_dora_adaptive
-        if is_training and layers and isinstance(getattr(outputs, "loss", None), torch.Tensor):
-            regularization = orthogonality_loss(layers, self.trainable_adapter_name)
-            outputs.loss = outputs.loss + config.orth_reg_weight * regularization
-            self.adds_regularization = True
+        if self.training or not config.use_dora_adaptive:
+            self.adds_regularization |= add_orthogonality_loss(outputs, layers, adapter_name, config.orth_reg_weight)
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,8 +69,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         with generation(list(self._layers())):
             return self.model.generate(*args, **kwargs)
 
-    def _has_adadora(self) -> bool:
-        return any(config.use_dora_adaptive for config in self.peft_config.values())
+    def _adadora_adapters(self) -> list[str]:
+        return [name for name, config in self.peft_config.items() if config.use_dora_adaptive]
 
     def _layers(self) -> Iterator[AdaLoraLayer]:
         return (module for module in self.model.modules() if isinstance(module, AdaLoraLayer))
@@ -89,27 +80,23 @@ class AdaLoraModel(stock.AdaLoraModel):
         self._check_unmerge()  # because injecting sets the active adapter, which unmerges
         if config.use_dora_adaptive:
             check_name(adapter_name)
-            check_targets(self, model, config, kwargs.get("state_dict"), AdaLoraLayer.resolve_backend)
+            check_targets(self, model, config, kwargs.get("state_dict"))
             if not config.inference_mode:
                 check_options(config, adapter_name)
                 # that of another adapter: this one starts with all its ranks
                 config.rank_pattern = config.saved_rank_pattern = None
-        before = BeforeLoading(self)
+        before = loading.BeforeLoading(self)
         with warnings.catch_warnings():
             # the keys of AdaLoRA's pattern name E, not the module, so PEFT says that it ignores them
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if config.inference_mode and len(self.peft_config) > 1 and self._has_adadora():
+        if config.inference_mode and len(self.peft_config) > 1 and self._adadora_adapters():
             for param in before.trainable:
                 param.requires_grad_(True)  # PEFT freezes all parameters with the name in theirs, at any place
         if config.use_dora_adaptive and config.inference_mode and config.rank_pattern:
             # at once, because transformers loads weights without asking for `resize_modules_by_rank_pattern`
-            keep_ranks_of_pattern(adapted_layers(model, adapter_name), adapter_name, config.rank_pattern)
-        quantization_config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-        for layer in self._layers():
-            if hasattr(layer.quantization_backend, "get_apply_tensor_subclass"):  # torchao's
-                how = getattr(quantization_config, "get_apply_tensor_subclass", None)
-                layer.quantization_backend.get_apply_tensor_subclass = how
+            loading.keep_ranks_of_pattern(adapted_layers(model, adapter_name), adapter_name, config.rank_pattern)
+        learn_how_to_quantize(model, self._layers())
         if config.use_dora_adaptive and hasattr(model, "add_model_tags"):
             model.add_model_tags("adadora")  # of the model card that PEFT writes
         if not config.inference_mode:
@@ -138,18 +125,12 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         self._check_unmerge()
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
-            if len(names) > 1 and name in self.peft_config and self.peft_config[name].use_dora_adaptive:
-                raise NotImplementedError(
-                    f"The AdaDoRA adapter {name!r} has to be the only active adapter but got {names}; choose one of "
-                    "them."
-                )
+        check_only_adapter(adapter_name, self._adadora_adapters())
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None and any(layer.use_dora_adaptive for layer in self._layers()):
+        if kwargs.get("adapter_names") is not None and self._adadora_adapters():
             raise NotImplementedError(
                 "`adapter_names`, different adapters within a batch, is not supported with AdaDoRA adapters; call "
                 "`set_adapter` and use one adapter at a time."
@@ -163,16 +144,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         for layer in self._layers():
             layer.check_unmerge()
 
-    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-        to_merge = {layer: layer.adapter_to_merge(adapter_names) for layer in self._layers()}
-        to_merge = {layer: adapter_name for layer, adapter_name in to_merge.items() if adapter_name is not None}
-        check_not_shared(self.model, list(to_merge))
-        for layer, adapter_name in to_merge.items() if safe_merge else ():
-            with here(layer.get_base_layer()):
-                layer.checked_merged_weight(adapter_name)
-
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
-        self._check_merge(adapter_names, safe_merge)
+        check_merge(self.model, list(self._layers()), adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -181,7 +154,8 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
-            self._check_merge(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
+            safe_merge = kwargs.get("safe_merge", False)
+            check_merge(self.model, list(self._layers()), kwargs.get("adapter_names"), safe_merge)
         return super()._unload_and_optionally_merge(merge=merge, **kwargs)
 
     def update_and_allocate(self, global_step: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
@@ -191,13 +165,10 @@ class AdaLoraModel(stock.AdaLoraModel):
         `optimizer`, that of the adapter, has to be given if it keeps other weights beside those of the model, as
         schedule-free optimizers do, so that a pruned singular value does not come back with them.
         """
-        allocator = self.rankallocator
-        if allocator.peft_config.use_dora_adaptive and not allocator.has_started:
-            check_first_allocation(self, global_step)
-        allocator.has_started = True
+        check_first_allocation(self, global_step)
         stock.AdaLoraModel.update_and_allocate(self, global_step)
         if optimizer is not None:
-            allocator.mask_other_weights(self.model, optimizer)
+            self.rankallocator.mask_other_weights(self.model, optimizer)
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
@@ -210,7 +181,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         if any(
             adapter_name in layer.lora_magnitude or layer.lora_E[adapter_name].is_meta for layer in layers.values()
         ):
-            keep_ranks_of_pattern(layers, adapter_name, rank_pattern)
+            loading.keep_ranks_of_pattern(layers, adapter_name, rank_pattern)
         else:
             super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)
 
@@ -226,7 +197,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         whole = copy.copy(config)
         whole.rank_pattern = None  # what PEFT does with it knows neither exact names nor adapters that were injected
         saved = super()._get_adapter_state_dict(model, whole, adapter_name, state_dict, unwanted_adapter_names)
-        return keep_saved_ranks(exact_weights(saved, state_dict, model, adapter_name), config, adapter_name)
+        saved = loading.exact_weights(saved, state_dict, model, adapter_name)
+        return loading.keep_saved_ranks(saved, config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -234,7 +206,7 @@ class AdaLoraModel(stock.AdaLoraModel):
     ) -> dict[str, torch.Tensor]:
         # the mapping alone, to check the weights before AdaLoRA's implementation resizes the model
         weights = super(LoraModel, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        weights = weights_of_layers(weights, model, adapter_name)
+        weights = loading.weights_of_layers(weights, model, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
-        weights = fit_to_loaded_weights(tuner, model, config, adapter_name, weights)
-        return wrapped_weights(weights, model)
+        loading.fit_to_loaded_weights(tuner, model, config, adapter_name, weights)
+        return loading.wrapped_weights(weights, model)

@@ -15,6 +15,7 @@
 """What is asked of an AdaDoRA adapter that cannot work, or that AdaLoRA does not read."""
 
 import warnings
+from collections.abc import Container, Iterable
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,16 @@ def check_name(adapter_name: str) -> None:
         )
 
 
+def check_only_adapter(adapter_names: str | Iterable[str], of_adadora: Container[str]) -> None:
+    """Raise a `NotImplementedError` if several adapters are to be used together of which one is AdaDoRA."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    for name in names if len(names) > 1 else ():
+        if name in of_adadora:
+            raise NotImplementedError(
+                f"The AdaDoRA adapter {name!r} has to be the only active adapter but got {names}; choose one of them."
+            )
+
+
 def check_options(config: AdaLoraConfig, adapter_name: str) -> None:
     """
     Raise a `ValueError` if the schedule of an adapter that is to be trained, or what it is to adapt, cannot work, and
@@ -78,34 +89,47 @@ def check_options(config: AdaLoraConfig, adapter_name: str) -> None:
         warnings.warn(f"AdaLoRA does not read {options} of its config; the adapter is trained as if it were not set.")
 
 
+def check_unpruned(tuner: Any, what_follows: str) -> None:
+    """Raise a `ValueError` if the adapter in training has not all of its ranks, which says what follows from it."""
+    adapter_name = tuner.trainable_adapter_name
+    init_r = tuner.peft_config[adapter_name].init_r
+    for name, layer in adapted_layers(tuner.model, adapter_name).items():
+        check_not_flattened(layer.lora_E[adapter_name])
+        rank = whole_shape(layer.lora_E[adapter_name])[0]
+        if rank != init_r:
+            raise ValueError(
+                f"{name!r} has rank {rank} instead of init_r={init_r}, because the adapter was loaded pruned, so "
+                f"{what_follows}."
+            )
+
+
 def check_first_allocation(tuner: Any, global_step: int) -> None:
     """
-    Raise a `ValueError` if there is nothing to allocate, and warn if AdaLoRA's regularization has not reached the
-    loss.
+    At the first allocation of an AdaDoRA adapter, raise a `ValueError` if there is nothing to allocate, and warn if
+    AdaLoRA's regularization has not reached the loss.
 
     Args:
         tuner (`AdaLoraModel`): That of the adapter in training.
-        global_step (`int`): The step that the first allocation is asked for.
+        global_step (`int`): The step that an allocation is asked for.
     """
     adapter_name = tuner.trainable_adapter_name
-    config = tuner.peft_config[adapter_name]
+    config, allocator = tuner.peft_config[adapter_name], tuner.rankallocator
+    if allocator.has_started or not config.use_dora_adaptive:
+        return
     last = config.total_step - config.tfinal
-    if global_step > last and not config.rank_pattern or global_step == last and not tuner.rankallocator.exp_avg_ipt:
+    if global_step > last and not config.rank_pattern or global_step == last and not allocator.exp_avg_ipt:
         raise ValueError(
             f"`update_and_allocate({global_step})` is the first call, but the schedule ends its budget phase at step "
             f"{last}, so no ranks have been decided; call it after each optimizer step, from the first one on."
         )
-    for name, layer in adapted_layers(tuner.model, adapter_name).items():
-        check_not_flattened(layer.lora_E[adapter_name])
-        rank = whole_shape(layer.lora_E[adapter_name])[0]
-        if rank != config.init_r:
-            raise ValueError(
-                f"{name!r} has rank {rank} instead of init_r={config.init_r}, because the adapter was loaded pruned, "
-                "and its schedule cannot start again; train on without `update_and_allocate`, or merge the adapter "
-                "and train a new one."
-            )
+    check_unpruned(
+        tuner,
+        "its schedule cannot start again; train on without `update_and_allocate`, or merge the adapter and train a "
+        "new one",
+    )
     if config.orth_reg_weight > 0 and not getattr(tuner, "adds_regularization", False):
         warnings.warn(
             "AdaLoRA's regularization has not reached the loss, because the model did not return one: set `task_type` "
             "and pass labels, or set `orth_reg_weight=0` to train without it."
         )
+    allocator.has_started = True

@@ -19,7 +19,7 @@ by one.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -36,8 +36,8 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 
+from .base_weight import has_computed_weight
 from .sharding import whole
-from .targets import has_computed_weight
 
 
 # of which rows can be taken and dequantized
@@ -81,6 +81,15 @@ def resolve_backend(base_layer: nn.Module) -> Optional[QuantizationBackend]:
     if quantizes_input or type(weight).__name__ not in TORCHAO_WEIGHTS:
         return ForwardOnlyQuantizationBackend("torchao")
     return RowsOfTorchao(None)
+
+
+def learn_how_to_quantize(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Tell the layers whose weights torchao has quantized how to do it again, as the config of the model says."""
+    quantization_config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    how = getattr(quantization_config, "get_apply_tensor_subclass", None)
+    for layer in layers:
+        if isinstance(layer.quantization_backend, RowsOfTorchao):
+            layer.quantization_backend.get_apply_tensor_subclass = how
 
 
 class RowsOf8bit(Bnb8bitBackend):

@@ -15,6 +15,8 @@
 """AdaLoRA's regularization of the factors towards orthogonality."""
 
 from collections import defaultdict
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +24,15 @@ from torch import nn
 from .sharding import check_not_flattened, is_sharded
 
 
-def orthogonality_loss(layers: list[nn.Module], adapter_name: str) -> torch.Tensor:
+def add_orthogonality_loss(outputs: Any, layers: Collection[nn.Module], adapter_name: str, weight: float) -> bool:
+    """Add [`orthogonality_loss`], so many times, to the loss of a model's outputs. Returns whether they have one."""
+    if not layers or not isinstance(getattr(outputs, "loss", None), torch.Tensor):
+        return False
+    outputs.loss = outputs.loss + weight * orthogonality_loss(layers, adapter_name)
+    return True
+
+
+def orthogonality_loss(layers: Iterable[nn.Module], adapter_name: str) -> torch.Tensor:
     """
     The mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ (Frobenius norms) over all layers, for A (r, in) and B (out, r) that FSDP2
     may have sharded. Factors of equal shape are multiplied at once.

@@ -22,10 +22,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils.quantization_utils import QuantizationBackend
 
+from .base_weight import has_computed_weight
 from .config import AdaLoraConfig
 from .names import layers_of_state_dict
+from .quantized import resolve_backend
 
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,13 +43,6 @@ KNOWN_FORWARDS = {
 }
 
 
-def has_computed_weight(module: nn.Module) -> bool:
-    """Whether the weight is made anew for each forward pass, as by weight_norm, spectral_norm, or pruning."""
-    # `hasattr` would compute it, which may change the module
-    is_parametrized = nn.utils.parametrize.is_parametrized(module, "weight")
-    return is_parametrized or isinstance(module.__dict__.get("weight"), torch.Tensor)
-
-
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a module computes anything but what is known, whatever its base class says."""
     # accelerate's hooks replace the forward pass by one that calls it
@@ -58,20 +52,13 @@ def has_own_forward(module: nn.Module) -> bool:
     return not names <= KNOWN_FORWARDS
 
 
-def check_magnitude_support(
-    module: nn.Module,
-    backend: Optional[QuantizationBackend] = None,
-    name: str = "",
-    fan_in_fan_out: Optional[bool] = None,
-) -> None:
+def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: Optional[bool] = None) -> None:
     """
     Check that the lengths of the rows of a module's weight can be learned.
 
     Args:
         module (`nn.Module`):
             The module to adapt.
-        backend (`QuantizationBackend`, *optional*):
-            PEFT's backend for its weight if that is quantized.
         name (`str`, *optional*):
             The path of the module, for the error message.
         fan_in_fan_out (`bool`, *optional*):
@@ -91,7 +78,7 @@ def check_magnitude_support(
             "pruning, so a merged weight would not last; remove what computes it, or leave the module out of "
             "`target_modules`."
         )
-    weight = getattr(module, "weight", None)
+    weight, backend = getattr(module, "weight", None), resolve_backend(module)
     if (
         not (backend.supports_merge if backend else isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)))
         # packed under another name, as by compressed-tensors
@@ -122,7 +109,7 @@ def check_magnitude_support(
 
 
 def check_targets(
-    tuner: BaseTuner, model: nn.Module, config: AdaLoraConfig, state_dict: Optional[dict[str, Any]], resolve: Any
+    tuner: BaseTuner, model: nn.Module, config: AdaLoraConfig, state_dict: Optional[dict[str, Any]]
 ) -> None:
     """Raise as [`check_magnitude_support`] if a module that `inject_adapter` would adapt is not supported."""
     # on a copy, because `inject_adapter` warns about what it resolves in the config itself
@@ -137,4 +124,4 @@ def check_targets(
             module = module.get_base_layer()
             inside_adapter_layer = (*inside_adapter_layer, f"{name}.")
         if name in names_in_state_dict if state_dict else tuner._check_target_module_exists(config, name):
-            check_magnitude_support(module, resolve(module), name)
+            check_magnitude_support(module, name)

@@ -29,12 +29,12 @@ from .adadora import (
     adapted_output,
     magnitude_scale,
     merged_rows,
-    norm_dtype,
     scale_output,
     squared_adapted_row_norm,
 )
 from .base_weight import base_row_norm, base_rows
 from .kept import scales, squared_base_norm
+from .rows import norm_dtype
 from .sharding import copy_whole_, whole
 
 
