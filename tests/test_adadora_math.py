@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference import Reference, relative_error
 from torch import nn
 
-from peft.tuners.adalora import SVDLinear, rows
+from peft.tuners.adalora import SVDLinear
 from peft.tuners.adalora.adadora import squared_adapted_row_norm
 
 
@@ -291,7 +291,7 @@ def test_the_one_product_that_a_gpu_makes_is_as_exact_as_float32(monkeypatch, dt
     scaled_E, lora_B = torch.randn(rank, 1), torch.randn(200, rank)
     expected = (weight.double() + (lora_B @ (scaled_E * lora_A)).double()).square().sum(dim=1, keepdim=True)
     in_blocks = squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B)
-    monkeypatch.setattr(rows, "multiplies_into_float32", lambda weight: True)
+    monkeypatch.setattr("peft.tuners.adalora.rows.multiplies_into_float32", lambda weight: True)
     monkeypatch.setattr(torch, "mm", product_into_float32)
     at_once = squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B)
     assert dtypes == [(dtype, dtype, torch.float32)]

@@ -19,9 +19,6 @@ from peft import PeftModel, get_peft_model
 from peft.helpers import DoraCaching
 from peft.tuners import adalora
 from peft.tuners.adalora import AdaLoraLayer, SVDLinear
-from peft.tuners.adalora.base_weight import base_rows
-from peft.tuners.adalora.kept import scales, squared_base_norm
-from peft.tuners.adalora.quantized import resolve_backend
 
 
 try:
@@ -479,6 +476,8 @@ def test_a_copied_model_of_quantized_weights_predicts_the_same(name):
 class TestBitsandbytes:
     @pytest.mark.parametrize("name", QUANTIZED_BY_BNB)
     def test_blocks_of_rows_are_those_of_the_whole_weight(self, name):
+        from peft.tuners.adalora.quantized import resolve_backend
+
         # of sizes that do not fit the blocks of quantization
         base = quantize(nn.Linear(42, 25, bias=False), name.partition("-")[0], "double" in name)
         rows, expected = resolve_backend(base).get_base_rows(base), KINDS[name].rows(base)
@@ -490,13 +489,15 @@ class TestBitsandbytes:
         torch.manual_seed(0)
         base = quantize(nn.Linear(1024, 1024, bias=False), name.partition("-")[0], "double" in name)
         layer = SVDLinear(base, "default", make_config(), r=4)
-        peak = max(itertools.accumulate(allocations(lambda: scales(layer, "default"))))
+        peak = max(itertools.accumulate(allocations(lambda: layer.lora_variant["default"].scales(layer, "default"))))
         # a half at most of the weight in float32: of the eighth that is dequantized at a time, the copies that
         # dequantizing makes
         assert 0 < peak < 1024 * 1024 * 4 // 2
 
     def test_a_weight_that_bitsandbytes_has_reordered_for_the_cpu_is_read(self):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+        from peft.tuners.adalora.quantized import resolve_backend
 
         torch.manual_seed(0)
         for compress_statistics in (False, True):
@@ -518,10 +519,13 @@ class TestTorchao:
         torch.manual_seed(0)
         base = quantize_by_torchao(nn.Linear(1024, 1024).weight, KINDS[name].torchao_config)
         layer = SVDLinear(base, "default", make_config(), r=4)
-        peak = max(itertools.accumulate(allocations(lambda: scales(layer, "default"))))
+        peak = max(itertools.accumulate(allocations(lambda: layer.lora_variant["default"].scales(layer, "default"))))
         assert 0 < peak < 1024 * 1024 * 4
 
     def test_the_row_norms_of_the_weight_are_computed_once_until_it_changes(self):
+        from peft.tuners.adalora.base_weight import base_rows
+        from peft.tuners.adalora.kept import squared_base_norm
+
         kind = KINDS["torchao-int8"]
         layer = layer_of(make_model(kind))
         x = torch.randn(kind.input_shape)
