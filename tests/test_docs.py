@@ -82,7 +82,7 @@ def test_every_code_block_is_one_that_is_tested_or_plain_text(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+    for target in re.findall(r"(?:\]\(|(?:src|srcset)=\")(?!https?://)([^)#\"]+)", page.read_text()):
         linked = page.parent / target
         assert linked.exists() or linked.with_suffix(".md").exists(), target
 
@@ -107,6 +107,17 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stderr
     reference = (tmp_path / "package_reference" / "adadora.html").read_text()
     assert "SVDLinear" in reference and "[[autodoc]]" not in reference
+    method = (tmp_path / "conceptual_guides" / "adadora.html").read_text()
+    assert "<math" in method and "$$" not in method
+
+
+def test_the_pictures_of_the_method_are_those_that_the_script_draws():
+    script = runpy.run_path(str(ROOT / "docs/draw_method.py"))
+    for theme in script["COLORS"]:
+        file = script["IMAGES"] / f"method-{theme}.svg"
+        assert file.read_text(encoding="utf-8") == script["draw"](theme)
+        for page in (ROOT / "README.md", ROOT / "docs/source/index.md"):
+            assert f"{file.relative_to(page.parent)}" in page.read_text()
 
 
 def texts(source: Path) -> Iterator[str]:
