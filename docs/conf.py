@@ -55,13 +55,13 @@ def read_source(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def read_docstring(app: Sphinx, kind: str, name: str, documented: object, options: object, lines: list[str]) -> None:
-    """PEFT's docstrings are Markdown: names in brackets are links, and examples are fenced."""
+    """PEFT's docstrings are Markdown: names in brackets are links, and examples and formulas are fenced."""
     text = re.sub(r"\[(`[^`]+`)\]", r"\1", "\n".join(lines))
-    text = re.sub(r"^```python\n(.*?)^```$", indented_example, text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```(?:python)?\n(.*?)^```$", indented_block, text, flags=re.MULTILINE | re.DOTALL)
     lines[:] = text.split("\n")
 
 
-def indented_example(match: re.Match) -> str:
+def indented_block(match: re.Match) -> str:
     return "::\n\n" + "".join(f"    {line}\n" for line in match[1].splitlines())
 
 

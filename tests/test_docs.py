@@ -126,6 +126,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stderr
     reference = (tmp_path / "package_reference" / "adadora.html").read_text()
     assert "SVDLinear" in reference and "[[autodoc]]" not in reference
+    assert "`" not in re.sub(r"<[^>]+>", "", reference)
     method = (tmp_path / "conceptual_guides" / "adadora.html").read_text()
     assert "<math" in method and "$$" not in method
 
