@@ -1,17 +1,23 @@
 """Builds the pages, which are written for PEFT's documentation, into a site: `make docs`.
 
 The tree of contents is that of `_toctree.yml`, and `[[autodoc]]` is understood as PEFT's documentation builder does.
+Formulas are between `$$`, the one notation that GitHub and PEFT's builder know, too. They become MathML, which a
+browser shows without a script from elsewhere.
 """
 
 import re
 from pathlib import Path
 
 import yaml
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 
 SOURCE = Path(__file__).parent / "source"
 AUTODOC = re.compile(r"^\[\[autodoc\]\] (\S+)((?:\n {4}- \S+)*)", flags=re.MULTILINE)
+PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img src="([^"]+)"([^>]*)>\s*</picture>')
 
 project = "peft-adadora"
 project_copyright = "the authors of peft-adadora, Apache-2.0"
@@ -25,6 +31,7 @@ napoleon_preprocess_types = False
 default_role = "code"
 autodoc_typehints = "none"
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath", "html_image"]
 
 
 def reference(match: re.Match) -> str:
@@ -39,23 +46,33 @@ def read_source(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = AUTODOC.sub(reference, source[0])
     # between pages, PEFT's links do without a suffix
     source[0] = re.sub(r"\]\((?!https?://)([\w./]*\w)(#[\w-]+)?\)", r"](\1.md\2)", source[0])
+    # the theme can be chosen, whatever that of the browser is
+    source[0] = PICTURE.sub(r'<img class="only-dark" src="\1"\3><img class="only-light" src="\2"\3>', source[0])
     if page == root_doc:
         for part in yaml.safe_load((SOURCE / "_toctree.yml").read_text(encoding="utf-8")):
-            lines = [f"{entry['title']} <{entry['local']}>" for entry in part["sections"]]
+            lines = [":hidden:", *(f"{entry['title']} <{entry['local']}>" for entry in part["sections"])]
             source[0] += "\n".join(["\n```{toctree}", *lines, "```\n"])
 
 
 def read_docstring(app: Sphinx, kind: str, name: str, documented: object, options: object, lines: list[str]) -> None:
-    """PEFT's docstrings are Markdown: names in brackets are links, and examples are fenced."""
+    """PEFT's docstrings are Markdown: names in brackets are links, and examples and formulas are fenced."""
     text = re.sub(r"\[(`[^`]+`)\]", r"\1", "\n".join(lines))
-    text = re.sub(r"^```python\n(.*?)^```$", indented_example, text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```(?:python)?\n(.*?)^```$", indented_block, text, flags=re.MULTILINE | re.DOTALL)
     lines[:] = text.split("\n")
 
 
-def indented_example(match: re.Match) -> str:
+def indented_block(match: re.Match) -> str:
     return "::\n\n" + "".join(f"    {line}\n" for line in match[1].splitlines())
 
 
+def formula(writer: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    is_block = isinstance(node, nodes.math_block)
+    mathml = convert(node.astext(), display="block" if is_block else "inline")
+    writer.body.append(f"<p>{mathml}</p>" if is_block else mathml)
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", read_source)
     app.connect("autodoc-process-docstring", read_docstring, priority=1)

@@ -30,6 +30,12 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+def commands(page: Path) -> list[list[str]]:
+    """The lines of a page's shell blocks, in words."""
+    lines = [line.split("#")[0].split() for block in blocks(page, "bash") for line in block.splitlines()]
+    return [words for words in lines if words]
+
+
 def with_blocks(language: str) -> list:
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if blocks(page, language)]
 
@@ -42,6 +48,10 @@ def test_the_python_blocks_of_a_page_run_in_their_order_and_print_the_numbers_be
     assert run_in_process(run_page, script, printed) == 0
     said = re.findall(r"^print\(.*\)  # ([\d.]+)$", script.read_text(), flags=re.MULTILINE)
     assert [line for line in printed.read_text().splitlines() if line in said] == said
+    program = Path(sys.executable).with_name("peft-adadora")
+    for words in commands(page):
+        if words in (["peft-adadora", "doctor"], ["peft-adadora", "report", "run"]):
+            subprocess.run([program, *words[1:]], cwd=tmp_path, check=True, capture_output=True)
 
 
 def run_page(script: Path, printed: Path) -> None:
@@ -57,10 +67,8 @@ def help_text(*command: str | Path) -> str:
 
 @pytest.mark.parametrize("page", with_blocks("bash"))
 def test_the_commands_of_a_page_exist(page):
-    commands = [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
-    assert commands
-    for command in commands:
-        words = command.split("#")[0].split()
+    assert commands(page)
+    for words in commands(page):
         if words[0] == "make":
             subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         elif words[0] in ("python", "peft-adadora"):
@@ -70,7 +78,18 @@ def test_the_commands_of_a_page_exist(page):
                 assert option in options
         else:
             # the installation itself is tested in test_overlay.py
-            assert words[:2] in (["pip", "install"], ["git", "clone"]), command
+            assert words[:2] in (["pip", "install"], ["git", "clone"]), words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_and_make_targets_that_a_text_names_exist(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for words in map(str.split, re.findall(r"`([^`]+)`", text)):
+        if words[:1] == ["make"]:
+            subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        for word in words:
+            if re.match(r"(benchmarks|docs|examples|src|tests|upstream)/", word):
+                assert list(ROOT.glob(word)), word
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -82,7 +101,7 @@ def test_every_code_block_is_one_that_is_tested_or_plain_text(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+    for target in re.findall(r"(?:\]\(|(?:src|srcset)=\")(?!https?://)([^)#\"]+)", page.read_text()):
         linked = page.parent / target
         assert linked.exists() or linked.with_suffix(".md").exists(), target
 
@@ -107,6 +126,18 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stderr
     reference = (tmp_path / "package_reference" / "adadora.html").read_text()
     assert "SVDLinear" in reference and "[[autodoc]]" not in reference
+    assert "`" not in re.sub(r"<[^>]+>", "", reference)
+    method = (tmp_path / "conceptual_guides" / "adadora.html").read_text()
+    assert "<math" in method and "$$" not in method
+
+
+def test_the_pictures_of_the_method_are_those_that_the_script_draws():
+    script = runpy.run_path(str(ROOT / "docs/draw_method.py"))
+    for theme in script["COLORS"]:
+        file = script["IMAGES"] / f"method-{theme}.svg"
+        assert file.read_text(encoding="utf-8") == script["draw"](theme)
+        for page in (ROOT / "README.md", ROOT / "docs/source/index.md"):
+            assert f"{file.relative_to(page.parent)}" in page.read_text()
 
 
 def texts(source: Path) -> Iterator[str]:

@@ -172,6 +172,20 @@ def test_only_adadora_prints_how_far_the_magnitudes_moved(runs, method, expected
     assert runs(method).printed.count("mean change of the row magnitudes") == expected
 
 
+@pytest.mark.parametrize(("method", "has_report"), [("lora", False), ("adalora", True), ("adadora", True)])
+def test_what_it_says_to_do_next_works(runs, method, has_report):
+    run = runs(method)
+    *load, train = [line[2:] for line in run.printed.splitlines() if line.startswith("  ")]
+    if has_report:
+        subprocess.run(load.pop().split(), check=True, capture_output=True)
+        assert (run.output / "report" / "report.html").is_file()
+    code = "\n".join([*load, "print(model.get_base_model().config.num_labels)"])
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert loaded.stdout == f"{len(WORDS)}\n"
+    assert train.endswith(" --data FILE")
+    subprocess.run([*train.split()[:2], "--help"], check=True, capture_output=True)
+
+
 def test_training_learns_the_labels(example, arguments, tmp_path, capsys):
     options = ["--epochs", "40", "--lr", "1e-2", "--seed", "1", "--output", str(tmp_path)]
     assert example.main([*arguments, *options]) == 0

@@ -427,6 +427,24 @@ def print_what_was_learned(model: PeftModel) -> None:
         print(layer_table(changes, ".2f", "mean", mean))
 
 
+def typed(path: str | Path) -> str:
+    """A path as it is typed in the working folder."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def print_what_to_do_next(args: argparse.Namespace, label_count: int) -> None:
+    print("\nnext, the adapter in Python, for predictions:")
+    print("  from peft import AutoPeftModelForSequenceClassification as Model")
+    print(f"  model = Model.from_pretrained({typed(args.output)!r}, num_labels={label_count})")
+    if args.method in ("adalora", "adadora"):
+        command, pictures = Path(sys.executable).with_name("peft-adadora"), args.output / "report"
+        print("ranks and magnitudes as pictures, on a page:")
+        print(f"  {typed(command)} report {typed(args.output)} --output {typed(pictures)}")
+    print("your own texts, a CSV or JSONL file with the columns text and label:")
+    print(f"  {typed(sys.executable)} {typed(__file__)} --data FILE")
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -541,6 +559,7 @@ def run(args: argparse.Namespace) -> int:
             f"test accuracy of the reloaded model: {accuracy(reloaded_logits, test_loader):.1%}, "
             f"merged: {accuracy(merged_logits, test_loader):.1%}"
         )
+        print_what_to_do_next(args, len(labels))
         return 0
     disagreements, difference = count_disagreements([trained_logits, reloaded_logits, merged_logits])
     if disagreements:
@@ -554,6 +573,7 @@ def run(args: argparse.Namespace) -> int:
         f"trained, reloaded and merged model predict the same class for all {len(test_examples)} test examples; "
         f"their logits differ by at most {difference:.1e}"
     )
+    print_what_to_do_next(args, len(labels))
     return 0
 
 
