@@ -235,6 +235,7 @@ class TestOtherFiles:
         served.set_adapter("second")
         torch.testing.assert_close(served(X), model(X), rtol=2e-2, atol=2e-2)
 
+    @pytest.mark.overlay
     @pytest.mark.parametrize("checksum", ["0" * 64, "", None], ids=["wrong", "empty", "none"])
     @pytest.mark.parametrize("config_class", [AdaLoraConfig, PeftConfig])
     def test_the_checksum_of_earlier_versions_is_passed_over_and_not_written_again(

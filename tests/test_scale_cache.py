@@ -15,7 +15,6 @@ from peft.helpers import DoraCaching, rescale_adapter_scale
 from peft.tuners.adalora import SVDLinear
 from peft.tuners.adalora.base_weight import base_rows
 from peft.tuners.adalora.kept import squared_base_norm
-from peft.tuners.adalora.loading import keep_ranks
 
 
 X = torch.randn(9, 20, generator=torch.Generator().manual_seed(5))
@@ -66,6 +65,12 @@ def prune(layer) -> None:
         layer.lora_E["default"].masked_fill_(torch.tensor([[True], [False], [True], [False]]), 0.0)
 
 
+def drop_ranks(layer) -> None:
+    for params, dim in ((layer.lora_A, 0), (layer.lora_E, 0), (layer.lora_B, 1)):
+        params["default"] = nn.Parameter(params["default"].detach().index_select(dim, torch.tensor([1, 3])))
+    layer.r["default"] = 2
+
+
 def merge_and_unmerge_a_plain_adapter(layer) -> None:
     layer.update_layer("plain", 3, lora_alpha=7, config=make_config(use_dora_adaptive=False))
     train_by_hand(layer, "plain")
@@ -105,7 +110,7 @@ DOORS = {
     "set_scale": lambda layer: layer.set_scale("default", 3.0),
     "scale_layer": lambda layer: layer.scale_layer(0.5),
     "pruning": prune,
-    "dropping ranks": lambda layer: keep_ranks(layer, "default", torch.tensor([1, 3])),
+    "dropping ranks": drop_ranks,
     "update_layer": lambda layer: layer.update_layer("default", 2, lora_alpha=5, config=make_config()),
     "reset_lora_parameters": lambda layer: layer.reset_lora_parameters("default"),
     "double()": lambda layer: layer.double(),

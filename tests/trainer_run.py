@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from peft import AdaLoraConfig, get_peft_model
-from peft.tuners.adalora import AdaLoraCallback
+from peft.tuners import adalora
 
 
 STEPS = 16
@@ -100,7 +100,7 @@ def make_trainer(
         args=make_arguments(output_dir, **arguments),
         train_dataset=RandomTokens(),
         eval_dataset=eval_dataset,
-        callbacks=[AdaLoraCallback(), *callbacks],
+        callbacks=[adalora.AdaLoraCallback(), *callbacks],
     )
 
 

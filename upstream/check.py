@@ -1,19 +1,20 @@
-"""Applies the change to PEFT's source distribution, and runs PEFT's tests and this project's on the result.
+"""Applies the series to PEFT's source distribution, and runs PEFT's tests and this project's after each patch.
 
-    python upstream/check.py FOLDER
+    python upstream/check.py FOLDER                    everything
+    python upstream/check.py FOLDER --only 3-conv2d    one patch of the series, or one of the bugs of `2-fixes`
+    python upstream/check.py FOLDER --only-ours        without PEFT's own tests
 
-In FOLDER it unpacks the pinned source distribution of PEFT twice and patches one: our modules of `peft.tuners.adalora`
-that PEFT does not have are copied, and `adadora.patch` edits those that it has. Both are installed in turn in a fresh
-environment without `peft-adadora`. PEFT's own tests must have the same outcomes with the change as without it, and the
-behavioural tests of this project, the same files, must pass. Where PEFT has a newer release, it tells which edits no
-longer apply to it.
+In FOLDER it unpacks the pinned source distribution of PEFT, makes an environment without `peft-adadora`, and builds a
+tree for each patch (see `series.py`). In each tree PEFT's own tests must have the outcomes that they have without any
+patch, the patch's share of this project's behavioural tests (`tests.txt`) must pass, and the linters of PEFT be clean.
+A patch of `2-fixes` stands alone: its tests must fail without it, and pass with it. Tests of PEFT that fail without a
+patch, for want of a network, are left out with it.
 
-One line of the copied modules changes: PEFT's own `layer`, which the overlay calls `stock_layer`, is `layer` in there.
-
-Exits with 1 if anything differs or fails.
+It prints a table, and exits with 1 if anything differs or fails.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -25,12 +26,13 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
+import series
+
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PATCH = HERE / "adadora.patch"
-PATCH_OF_TESTS = HERE / "tests.patch"
-OURS = ROOT / "src" / "peft" / "tuners" / "adalora"
+FIXES = series.SERIES / "2-fixes"
+TESTS_OF_FIXES = FIXES / "test_fixes.py"
 # PEFT's tests for what the change could touch: AdaLoRA wherever it is tested, and these files as a whole
 FILES_OF_PEFT = ["test_mixed.py", "test_config.py", "test_lora_variants.py"]
 SELECTION = "adalora or AdaLora or AdaLoRA"
@@ -60,33 +62,8 @@ def fetch(folder: Path, *requirement: str) -> Path | None:
     return folder / archives[0].name.removesuffix(".tar.gz")
 
 
-def apply(tree: Path, patch: Path = PATCH, reject: bool = False) -> subprocess.CompletedProcess:
-    """Copy our new modules into PEFT's tree and edit its own files."""
-    target = tree / "src" / "peft" / "tuners" / "adalora"
-    for module in OURS.glob("*.py"):
-        if not (target / module.name).exists():
-            code = module.read_text()
-            (target / module.name).write_text(code.replace("from . import stock_layer as", "from . import layer as"))
-    # outside of any repository, or git takes the paths as those of the repository that FOLDER is in
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
-    command = ["git", "apply", "--unidiff-zero", *(["--reject"] if reject else []), str(patch)]
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-
-
-def changed_lines() -> str:
-    """How many lines of each of PEFT's files the patch adds and removes."""
-    counts = {}
-    for line in PATCH.read_text().splitlines():
-        if line.startswith("+++ "):
-            name = line.rpartition("/")[2]
-        elif line.startswith(("+", "-")) and not line.startswith("--- "):
-            counts.setdefault(name, Counter())[line[0]] += 1
-    counts["in all"] = sum(counts.values(), Counter())
-    return ", ".join(f"{name} +{count['+']} -{count['-']}" for name, count in counts.items())
-
-
-def make_environment(folder: Path) -> Path:
-    """A fresh environment with everything but PEFT that the tests need. Returns its interpreter."""
+def make_environment(folder: Path) -> None:
+    """Make a fresh environment with everything but PEFT that the tests need."""
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
@@ -110,31 +87,35 @@ def make_environment(folder: Path) -> Path:
     subprocess.run([*pip, *needed, *re.findall(r'"([^"]+)"', extras)], check=True)
     # what TRL depends on
     subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "peft", "peft-adadora"], check=True)
-    return python
 
 
-def run_tests(python: Path, folder: Path, report: Path, arguments: list[str]) -> dict[str, str]:
-    """Run tests offline from a folder. Returns the outcome of each: passed, skipped, failure or error."""
-    command = [
-        python,
-        "-m",
-        "pytest",
-        "-n",
-        str(os.cpu_count()),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-    ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    subprocess.run(
-        [*command, *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
+def prepare(folder: Path) -> tuple[Path, Path]:
+    """PEFT as it is, and an environment with everything that the tests need, made in a folder if they are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stock = fetch(folder, "--require-hashes", "-r", str(HERE / "requirements.txt"))
+    if stock is None:
+        raise SystemExit(f"the release in {HERE / 'requirements.txt'} cannot be had")
+    python = folder / "venv" / "bin" / "python"
+    if not python.exists():
+        make_environment(folder / "venv")
+        # for what asks for the version that is installed; its modules come from the trees
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", stock], check=True)
+    return stock, python
+
+
+def run_tests(python: Path, tree: Path, folder: Path, arguments: list[str], pattern: str = "") -> dict[str, str]:
+    """
+    Run tests offline from a folder, with the PEFT of a tree. Returns the outcome of each: passed, skipped, failure or
+    error.
+    """
+    report = tree.parent / "tests.xml"
+    report.unlink(missing_ok=True)
+    options = ["-n", str(os.cpu_count()), "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (tree / "src", tree)))
+    command = [python, "-m", "pytest", *options, *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command, cwd=folder, env=environment, check=False, **quiet)
     outcomes = {}
     for case in ET.parse(report).iter("testcase"):
         kinds = [child.tag for child in case if child.tag in ("skipped", "failure", "error")]
@@ -142,43 +123,165 @@ def run_tests(python: Path, folder: Path, report: Path, arguments: list[str]) ->
     return outcomes
 
 
-def run_tests_of_peft(python: Path, tree: Path, report: Path) -> dict[str, str]:
+def run_tests_of_peft(python: Path, tree: Path, left_out: Path | None = None) -> dict[str, str]:
+    """Run PEFT's tests for what the series could touch, without those that a file of arguments leaves out."""
     (tree / "tests" / "__init__.py").touch()
     (tree / "no_waiting.py").write_text(NO_WAITING)
     options = ["-p", "no_waiting", "--continue-on-collection-errors", "-o", "addopts="]
-    outcomes = run_tests(python, tree, report, [*options, *(f"tests/{name}" for name in FILES_OF_PEFT)])
+    options += [f"@{left_out}"] if left_out else []
+    outcomes = run_tests(python, tree, tree, [*options, *(f"tests/{name}" for name in FILES_OF_PEFT)])
     others = [f"--ignore=tests/{name}" for name in FILES_OF_PEFT]
-    return outcomes | run_tests(python, tree, report, [*options, "tests", "-k", SELECTION, *others])
+    return outcomes | run_tests(python, tree, tree, [*options, "tests", "-k", SELECTION, *others])
+
+
+def outcomes_without_a_patch(python: Path, stock: Path) -> tuple[dict[str, str], Path]:
+    """PEFT's tests without a patch, run once for a folder, and the arguments that leave out those that fail."""
+    path, left_out = stock.parent / "peft-outcomes.json", stock.parent / "left-out.txt"
+    if not path.exists():
+        path.write_text(json.dumps(run_tests_of_peft(python, stock)))
+    outcomes = json.loads(path.read_text())
+    failing = [test for test, outcome in outcomes.items() if outcome in ("failure", "error")]
+    left_out.write_text("".join(f"--deselect={node_id(test, stock)}\n" for test in failing))
+    return outcomes, left_out
+
+
+def node_id(test: str, tree: Path) -> str:
+    """What pytest calls a test of a report, whose class names are paths with dots."""
+    module, _, name = test.partition("::")
+    parts = module.split(".")
+    size = next((n for n in range(len(parts), 0, -1) if tree.joinpath(*parts[:n]).with_suffix(".py").exists()), 0)
+    return "::".join(["/".join(parts[:size]) + ".py", *parts[size:], name])
 
 
 def has_style_of_peft(python: Path, tree: Path) -> bool:
-    """Check what the change touches with what PEFT's `make quality` runs: ruff, in PEFT's version, and doc-builder."""
-    version = re.search(r'^required-version = "(.*)"', (tree / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"ruff{version}"], check=True)
-    # doc-builder imports the two others, but does not depend on them
-    subprocess.run([*pip, "-c", ROOT / "constraints.txt", "hf-doc-builder", "black", "requests"], check=True)
-    touched = ["src/peft/tuners/adalora", "tests/test_custom_models.py", "tests/test_config.py"]
+    """Check what the series touches with what PEFT's `make quality` runs: ruff, in PEFT's version, and doc-builder."""
+    touched = ["src/peft/tuners/adalora", "src/peft/tuners/tuners_utils.py", "tests/test_custom_models.py"]
     commands = [
         [python, "-m", "ruff", "check", "--quiet", *touched],
         [python, "-m", "ruff", "format", "--check", "--quiet", *touched],
         [python.with_name("doc-builder"), "style", *touched, "--max_len", "119", "--check_only"],
     ]
-    exit_codes = [subprocess.run(command, cwd=tree, check=False).returncode for command in commands]
-    return not any(exit_codes)
+    return not any(subprocess.run(command, cwd=tree, check=False).returncode for command in commands)
 
 
-def run_new_tests_of_peft(python: Path, tree: Path, report: Path) -> dict[str, str]:
-    """Add AdaDoRA to the tables of PEFT's tests, and run what they make of it."""
-    result = apply(tree, PATCH_OF_TESTS)
-    if result.returncode:
-        raise SystemExit(f"{PATCH_OF_TESTS.name} does not apply: {result.stderr}")
-    options = ["-p", "no_waiting", "-o", "addopts=", "tests/test_custom_models.py", "-k", "AdaDoRA"]
-    return run_tests(python, tree, report, options)
+def install_linters(python: Path, stock: Path) -> None:
+    version = re.search(r'^required-version = "(.*)"', (stock / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, f"ruff{version}"], check=True)
+    # doc-builder imports the two others, but does not depend on them
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", "hf-doc-builder", "black", "requests"], check=True)
 
 
 def summary(outcomes: dict[str, str]) -> str:
-    return ", ".join(f"{count} {outcome}" for outcome, count in sorted(Counter(outcomes.values()).items()))
+    return ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(Counter(outcomes.values()).items()))
+
+
+def count_lines(text: str) -> int:
+    """Lines that are neither blank nor of the licence's header."""
+    header = (ROOT / series.ADALORA / "names.py").read_text().split('"""')[0].splitlines()
+    return sum(bool(line.strip()) and line not in header for line in text.splitlines())
+
+
+def changed_lines(patches: list[Path]) -> int:
+    """How many lines some patches add and remove."""
+    lines = [line for patch in patches if patch.exists() for line in patch.read_text().splitlines()]
+    return count_lines("\n".join(line[1:] for line in lines if re.match(r"[+-](?!--|\+\+ )", line)))
+
+
+def new_lines(tree: Path, before: Path, folder: Path) -> int:
+    """How many lines a step adds to our modules, whole ones and those that it makes longer."""
+    names = [*series.read_step(folder).get("files", ()), *series.read_step(folder).get("adds", {})]
+    sizes = [count_lines(path.read_text()) for name in names for path in [tree / series.ADALORA / name]]
+    sizes_before = [
+        count_lines(path.read_text()) for name in names for path in [before / series.ADALORA / name] if path.exists()
+    ]
+    return sum(sizes) - sum(sizes_before)
+
+
+class Check:
+    """What all patches need: PEFT as it is, the environment, and the outcomes of PEFT's tests without a patch."""
+
+    def __init__(self, folder: Path, only_ours: bool) -> None:
+        self.stock, self.python = prepare(folder)
+        install_linters(self.python, self.stock)
+        self.folder, self.problems = folder, []
+        self.without, self.left_out = ({}, None) if only_ours else outcomes_without_a_patch(self.python, self.stock)
+        if not only_ours:
+            print(f"PEFT's tests without a patch: {summary(self.without)}", flush=True)
+        print("| patch | lines of PEFT's changed | lines of ours | PEFT's tests | ours | in PEFT's tables | linters |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+
+    def tests_of_peft(self, name: str, tree: Path) -> str:
+        if self.left_out is None:
+            return "not run"
+        outcomes = run_tests_of_peft(self.python, tree, self.left_out)
+        expected = {test: outcome for test, outcome in self.without.items() if outcome in ("passed", "skipped")}
+        different = sorted(
+            test for test in outcomes.keys() | expected.keys() if outcomes.get(test) != expected.get(test)
+        )
+        self.problems += [
+            f"{name}: {test}: {expected.get(test)} without it, {outcomes.get(test)} with it" for test in different
+        ]
+        return "same" if not different else f"{len(different)} differ"
+
+    def must_pass(self, name: str, outcomes: dict[str, str]) -> str:
+        failed = sorted(test for test, outcome in outcomes.items() if outcome in ("failure", "error"))
+        self.problems += [f"{name}: failed: {test}" for test in failed]
+        if "passed" not in outcomes.values():
+            self.problems.append(f"{name}: no test has passed")
+        return summary(outcomes)
+
+    def style(self, name: str, tree: Path) -> str:
+        if has_style_of_peft(self.python, tree):
+            return "clean"
+        self.problems.append(f"{name}: the linters of PEFT are not content")
+        return "not clean"
+
+    def fix(self, folder: Path) -> None:
+        """One of the patches that stand alone."""
+        name, tree = f"{FIXES.name}/{folder.name}", self.folder / folder.name
+        shutil.rmtree(tree, ignore_errors=True)
+        shutil.copytree(self.stock, tree)
+        series.apply(tree, folder / "peft.patch", "--unidiff-zero")
+        of_this = [str(TESTS_OF_FIXES), "-k", "Test" + folder.name.title().replace("-", "")]
+        without = run_tests(self.python, self.stock, HERE, of_this)
+        self.problems += [
+            f"{name}: {test} passes without it" for test, outcome in without.items() if outcome == "passed"
+        ]
+        row = [
+            name,
+            changed_lines([folder / "peft.patch"]),
+            0,
+            self.tests_of_peft(name, tree),
+            self.must_pass(name, run_tests(self.python, tree, HERE, of_this)),
+            "",
+            self.style(name, tree),
+        ]
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+    def step(self, folder: Path) -> None:
+        """One of the patches that build on those before."""
+        name, tree, before = folder.name, self.folder / folder.name, self.folder / "before"
+        series.build(self.stock, tree, name)
+        earlier = [step for step in series.steps() if step.name < name]
+        if earlier:
+            series.build(self.stock, before, earlier[-1].name)
+        arguments = ["-m", "not overlay and not soak and not engines", f"@{folder / 'tests.txt'}"]
+        ours = run_tests(self.python, tree, ROOT / "tests", arguments)
+        row = [
+            name,
+            changed_lines([folder / "peft.patch"]),
+            new_lines(tree, before, folder),
+            self.tests_of_peft(name, tree),
+            self.must_pass(name, ours),
+        ]
+        for step in [*earlier, folder]:
+            if (step / "tests.patch").exists():
+                series.apply(tree, step / "tests.patch", "--unidiff-zero")
+        (tree / "no_waiting.py").write_text(NO_WAITING)
+        options = ["-p", "no_waiting", "-o", "addopts=", "tests/test_custom_models.py", "-k", "AdaDoRA"]
+        row += [self.must_pass(name, run_tests(self.python, tree, tree, options)), self.style(name, tree)]
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 def report_newer_release(folder: Path, pinned: Path) -> None:
@@ -186,70 +289,29 @@ def report_newer_release(folder: Path, pinned: Path) -> None:
     if newer is None:
         print("there is no newer release of PEFT")
         return
-    result = apply(newer, reject=True)
-    rejected = sorted(newer.rglob("*.rej"))
-    print(f"{newer.name}: " + ("all edits apply" if result.returncode == 0 else "edits that no longer apply:"))
-    for path in rejected:
-        print(path.relative_to(newer).with_suffix(""), path.read_text(), sep="\n")
+    for step in series.steps():
+        if (step / "peft.patch").exists():
+            series.apply(newer, step / "peft.patch", "--unidiff-zero")
+    print(f"{newer.name}: all edits apply")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", metavar="PATCH", help="check one patch alone")
     parser.add_argument("--only-ours", action="store_true", help="leave out PEFT's own tests")
     options = parser.parse_args()
-    folder = options.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    pinned = fetch(folder, "--require-hashes", "-r", str(HERE / "requirements.txt"))
-    if pinned is None:
-        raise SystemExit(f"the release in {HERE / 'requirements.txt'} cannot be had")
-    patched = folder / "patched"
-    shutil.rmtree(patched, ignore_errors=True)
-    shutil.copytree(pinned, patched)
-    result = apply(patched)
-    if result.returncode:
-        raise SystemExit(f"the patch does not apply to {pinned.name}: {result.stderr}")
-    print(f"{pinned.name}: lines of its files changed: {changed_lines()}", flush=True)
-
-    python = make_environment(folder / "venv")
-    install = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--force-reinstall",
-        "--disable-pip-version-check",
-    ]
-    outcomes = {}
-    for name, tree in [] if options.only_ours else [("without the change", pinned), ("with the change", patched)]:
-        subprocess.run([*install, tree], check=True)
-        outcomes[name] = run_tests_of_peft(python, tree, folder / "peft.xml")
-        print(f"PEFT's tests {name}: {summary(outcomes[name])}", flush=True)
-    subprocess.run([*install, patched], check=True)
-    ours = run_tests(python, ROOT / "tests", folder / "ours.xml", ["-m", "not overlay and not soak", "."])
-    print(f"this project's behavioural tests: {summary(ours)}", flush=True)
-    (patched / "no_waiting.py").write_text(NO_WAITING)
-    new = run_new_tests_of_peft(python, patched, folder / "new.xml")
-    print(f"PEFT's tests of custom models, with AdaDoRA in their table: {summary(new)}", flush=True)
-    has_style = has_style_of_peft(python, patched)
-    print(f"PEFT's linters, ruff and doc-builder: {'clean' if has_style else 'not clean'}", flush=True)
-
-    without, with_ = outcomes.get("without the change", {}), outcomes.get("with the change", {})
-    different = sorted(test for test in without.keys() | with_.keys() if without.get(test) != with_.get(test))
-    for test in different:
-        print(f"differs: {test}: {without.get(test)} without the change, {with_.get(test)} with it")
-    failed = sorted(test for test, outcome in (ours | new).items() if outcome in ("failure", "error"))
-    for test in failed:
-        print(f"failed: {test}")
-    report_newer_release(folder, pinned)
-    nothing_ran = (
-        "passed" not in ours.values()
-        or "passed" not in new.values()
-        or (not options.only_ours and "passed" not in without.values())
-    )
-    return 1 if different or failed or nothing_ran or not has_style else 0
+    fixes = sorted(path.parent for path in FIXES.glob("*/peft.patch"))
+    patches = {folder.name: folder for folder in sorted([*series.steps(), *fixes])}
+    if options.only and options.only not in patches:
+        raise SystemExit(f"there is no patch {options.only!r} among {', '.join(patches)}")
+    check = Check(options.folder.resolve(), options.only_ours)
+    for name, folder in patches.items():
+        if options.only in (None, name):
+            check.fix(folder) if folder in fixes else check.step(folder)
+    print(*check.problems, sep="\n")
+    report_newer_release(check.folder, check.stock)
+    return 1 if check.problems else 0
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python upstream/mutants.py FOLDER
 
-FOLDER is that of `check.py`, which makes the patched PEFT and its environment. Each mutant is made in a copy. Exits
-with 1 if one survives.
+FOLDER is that of `check.py`, whose environment and PEFT it shares, and makes if they are missing. Exits with 1 if a
+mutant survives.
 """
 
 import argparse
@@ -15,6 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
+
+import check
+import series
 
 
 ROOT = Path(__file__).parents[1]
@@ -197,12 +200,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder.resolve()
+    stock, python = check.prepare(folder)
+    series.build(stock, folder / "whole", series.steps()[-1].name)
     forms = {
         "over the installed PEFT": (Path(sys.executable), ROOT / "src"),
-        "inside of PEFT": (folder / "venv" / "bin" / "python", folder / "patched" / "src"),
+        "inside of PEFT": (python, folder / "whole" / "src"),
     }
-    if not forms["inside of PEFT"][0].exists():
-        raise SystemExit(f"{folder} has no environment with a patched PEFT; run check.py first")
     print("| mutant | noticed first, " + " | noticed first, ".join(forms) + " |\n|---|---|---|", flush=True)
     survived = 0
     for mutant in MUTANTS:

@@ -1,0 +1,107 @@
+"""The series of patches that is proposed to PEFT: the source tree after each of its steps.
+
+A step is a folder of `series/`, in the order of their names:
+
+- `peft.patch`: its edits of PEFT's own files, without context.
+- `step.json`: `files`, our modules that come with it; and `adds`, of modules that an earlier step brought, the
+  functions, classes and methods that come with this one.
+- `ours.patch`: what else it changes in modules that an earlier step brought.
+- `page.md`: the text of its pull request.
+
+No code of ours is kept twice: what a module is after a step is its source in `src/` without what later steps bring.
+`not-proposed` is read like a step after the last one, and stays in `peft-adadora`.
+"""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SERIES = HERE / "series"
+NOT_PROPOSED = HERE / "not-proposed"
+ADALORA = Path("src", "peft", "tuners", "adalora")
+
+
+def steps() -> list[Path]:
+    """The folders of the steps, in their order."""
+    return sorted(folder for folder in SERIES.iterdir() if (folder / "step.json").exists())
+
+
+def read_step(folder: Path) -> dict:
+    return json.loads((folder / "step.json").read_text())
+
+
+def apply(tree: Path, patch: Path, *options: str) -> None:
+    """Apply a patch to a tree. Raises a `SystemExit` that names it if it does not fit."""
+    # outside of any repository, or git takes the paths as those of the repository that the tree is in
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+    command = ["git", "apply", *options, str(patch)]
+    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{patch.relative_to(HERE)} does not apply: {result.stderr}")
+
+
+def without_definitions(code: str, names: list[str]) -> str:
+    """Code without some of its functions and classes, and methods (`Class.method`), and the comments above them."""
+    lines = code.splitlines(keepends=True)
+    found = {}
+    for node in ast.parse(code).body:
+        for inner, prefix in (
+            (node, ""),
+            *((child, f"{node.name}.") for child in getattr(node, "body", ()) if isinstance(node, ast.ClassDef)),
+        ):
+            if isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
+                first = min([inner.lineno, *(decorator.lineno for decorator in inner.decorator_list)]) - 1
+                while lines[first - 1].lstrip().startswith("#"):
+                    first -= 1
+                found[prefix + inner.name] = range(first, inner.end_lineno)
+    left_out = {line for name in names for line in found[name]}
+    return "".join(line for number, line in enumerate(lines) if number not in left_out)
+
+
+def tidy(paths: list[Path]) -> None:
+    """Drop imports that nothing uses any more, and format."""
+    ruff = [sys.executable, "-m", "ruff"]
+    options = ["--quiet", "--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    for command in (["check", "--fix", "--select", "F401,I"], ["format"]):
+        subprocess.run([*ruff, *command, *options, *map(str, paths)], check=True)
+
+
+def take_back(tree: Path, folder: Path) -> None:
+    """Take what a step brings out of our modules."""
+    step = read_step(folder)
+    for name in step.get("files", ()):
+        (tree / ADALORA / name).unlink()
+    changed = []
+    for name, definitions in step.get("adds", {}).items():
+        path = tree / ADALORA / name
+        path.write_text(without_definitions(path.read_text(), definitions))
+        changed.append(path)
+    tidy(changed)
+    if (folder / "ours.patch").exists():
+        apply(tree, folder / "ours.patch", "--reverse")
+
+
+def build(stock: Path, tree: Path, last: str) -> None:
+    """Make `tree` PEFT's source distribution with the steps up to the one called `last`."""
+    names = [folder.name for folder in steps()]
+    if last not in names:
+        raise SystemExit(f"there is no step {last!r} among {', '.join(names)}")
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(stock, tree)
+    for folder in steps()[: names.index(last) + 1]:
+        if (folder / "peft.patch").exists():
+            apply(tree, folder / "peft.patch", "--unidiff-zero")
+    brought = [name for folder in (*steps(), NOT_PROPOSED) for name in read_step(folder).get("files", ())]
+    for name in brought:
+        code = (ROOT / ADALORA / name).read_text()
+        # what the overlay calls `stock_layer` is PEFT's own `layer`
+        (tree / ADALORA / name).write_text(code.replace("from . import stock_layer as", "from . import layer as"))
+    for folder in reversed([*steps()[names.index(last) + 1 :], NOT_PROPOSED]):
+        take_back(tree, folder)
