@@ -268,7 +268,7 @@ class Check:
         if earlier:
             series.build(self.stock, before, earlier[-1].name)
         arguments = ["-m", "not overlay and not soak and not engines", f"@{folder / 'tests.txt'}"]
-        ours = run_tests(self.python, tree, ROOT / "tests", arguments)
+        ours = run_tests(self.python, tree, ROOT, arguments)
         row = [
             name,
             changed_lines([folder / "peft.patch"]),
