@@ -95,11 +95,12 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     stock = fetch(folder, "--require-hashes", "-r", str(HERE / "requirements.txt"))
     if stock is None:
         raise SystemExit(f"the release in {HERE / 'requirements.txt'} cannot be had")
-    python = folder / "venv" / "bin" / "python"
-    if not python.exists():
+    python, installed = folder / "venv" / "bin" / "python", folder / "venv" / "installed"
+    if not installed.exists():
         make_environment(folder / "venv")
         # for what asks for the version that is installed; its modules come from the trees
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", stock], check=True)
+        installed.touch()
     return stock, python
 
 
