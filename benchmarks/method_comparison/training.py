@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
 import torch
-from ablations import ABLATIONS, LORAPLUS, Ablation
+from ablations import ALL, Ablation
 from tasks import Example, Task, model_folder, task
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
 
@@ -16,10 +16,11 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 LORA, DORA, ADALORA, ADADORA = "LoRA", "DoRA", "AdaLoRA", "AdaDoRA"
 METHODS = (LORA, DORA, ADALORA, ADADORA)
 BATCH_SIZE = 16
-# the shares of the steps before the first allocation and after the last
-SCHEDULES = {"early": (0.1, 0.5), "late": (0.3, 0.2)}
 # AdaLoRA starts with 1.5 times the rank that it ends with, as its authors did
 START = 1.5
+EXAMPLES_OF_START = 64  # that a start may look at
+# the shares of the steps before the first allocation and after the last
+SCHEDULES = {"early": (0.1, 0.5), "late": (0.3, 0.2)}
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,16 @@ class Training:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.data = task(run.task)
-        self.ablation = (ABLATIONS | LORAPLUS)[run.ablation] if run.ablation else Ablation()
+        self.ablation = ALL[run.ablation] if run.ablation else Ablation()
         set_seed(run.seed)
         base_model = AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=self.data.labels)
         self.model = get_peft_model(base_model, config(run))
+        examples = self.data.sample(run.examples, run.seed)
         self.ablation.change(self.model)
+        self.ablation.change_by_examples(self.model, self.data.collate(examples[:EXAMPLES_OF_START]))
         self.optimizer = torch.optim.AdamW(self.ablation.groups(self.model, run.lr), lr=run.lr, weight_decay=0.0)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, run.steps // 10, run.steps)
-        self.batches = batches(self.data, self.data.sample(run.examples, run.seed), run.seed)
+        self.batches = batches(self.data, examples, run.seed)
         self.steps_done = 0
         self.model.train()
 
