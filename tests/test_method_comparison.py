@@ -345,6 +345,13 @@ class TestAblations:
         rates = [group["initial_lr"] for group in training.optimizer.param_groups]
         assert rates == pytest.approx([training.run.lr, 10 * training.run.lr])
 
+    def test_a_constant_rank_is_the_final_one(self, comparison):
+        training = self.make(comparison, "constant rank")
+        for _ in range(10):
+            training.step()
+        assert {layer.lora_E["default"].shape for layer in self.layers(training)} == {(2, 1)}
+        assert all(layer.lora_E["default"].all() for layer in self.layers(training))
+
     def test_allocating_before_the_step_leaves_pruned_entries_that_are_not_zero(self, comparison):
         for name, are_zero in (("allocation before the optimizer's step", False), (None, True)):
             training = self.make(comparison, name)

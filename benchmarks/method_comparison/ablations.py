@@ -19,6 +19,8 @@ class Ablation:
     """No change at all. Each ablation overrides what it changes."""
 
     allocates_first = False
+    # the first rank over the last: AdaLoRA starts with 1.5 times the rank that it ends with, as its authors did
+    start = 1.5
 
     def change(self, model: PeftModel) -> None:
         """Change a fresh model."""
@@ -120,6 +122,12 @@ class LoraStart(Ablation):
             nn.init.zeros_(layer.lora_B[ADAPTER])
 
 
+class ConstantRank(Ablation):
+    """All layers have the final rank from the first step to the last, so nothing is pruned."""
+
+    start = 1.0
+
+
 class GradientStart(Ablation):
     """B and A start along the directions of their rank in which the loss falls fastest. E stays 0."""
 
@@ -201,5 +209,8 @@ SLOW_START = {
     "start along the gradient": GradientStart(),
     "learning rate of E · 10": FASTER_E,
     "start along the gradient, learning rate of E · 10": Together(GradientStart(), FASTER_E),
+    "orthonormal start": OrthonormalStart(),
+    "constant rank": ConstantRank(),
+    "no regularization": Regularization(NO_REGULARIZATION),
 }
 ALL = ABLATIONS | LORAPLUS | SLOW_START

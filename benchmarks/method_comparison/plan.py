@@ -180,6 +180,7 @@ FEWEST = Cell("headlines", 50, steps=50, ranks=RANKS, seeds=5)
 ABLATED = Cell("headlines", 200, steps=100, ranks=RANKS, seeds=5)
 DIGITS = Cell("digits", 200, steps=100, ranks=(RANK,), seeds=5)
 TWEETS = Cell("tweets", 50, steps=50, ranks=RANKS, seeds=3)
+SPEAKERS = Cell("speakers", 50, steps=50, ranks=RANKS, seeds=3)
 FULL = Plan(
     cells=(
         FEWEST,
@@ -187,11 +188,13 @@ FULL = Plan(
         Cell("headlines", None, steps=120, ranks=RANKS, seeds=5),
         DIGITS,
         TWEETS,
+        SPEAKERS,
     ),
     trials=TRIALS,
     ablated=ABLATED,
     loraplus=(FEWEST, DIGITS),
     short=Cell("headlines", 50, steps=25, ranks=(RANK,), seeds=3),
+    judged=(TWEETS, SPEAKERS),
 )
 QUICK = Plan(
     cells=(

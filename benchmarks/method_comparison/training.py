@@ -16,8 +16,6 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 LORA, DORA, ADALORA, ADADORA = "LoRA", "DoRA", "AdaLoRA", "AdaDoRA"
 METHODS = (LORA, DORA, ADALORA, ADADORA)
 BATCH_SIZE = 16
-# AdaLoRA starts with 1.5 times the rank that it ends with, as its authors did
-START = 1.5
 EXAMPLES_OF_START = 64  # that a start may look at
 # the shares of the steps before the first allocation and after the last
 SCHEDULES = {"early": (0.1, 0.5), "late": (0.3, 0.2)}
@@ -53,11 +51,15 @@ class Run:
     ablation: Optional[str] = None
 
 
+def ablation_of(run: Run) -> Ablation:
+    return ALL[run.ablation] if run.ablation else Ablation()
+
+
 def config(run: Run) -> PeftConfig:
     common = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     if run.method in (LORA, DORA):
         return LoraConfig(r=run.rank, lora_alpha=run.scale * run.rank, use_dora=run.method == DORA, **common)
-    init_r = round(START * run.rank)
+    init_r = round(ablation_of(run).start * run.rank)
     tinit, tfinal = (round(share * run.steps) for share in SCHEDULES[run.schedule])
     return AdaLoraConfig(
         init_r=init_r,
@@ -110,7 +112,7 @@ class Training:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.data = task(run.task)
-        self.ablation = ALL[run.ablation] if run.ablation else Ablation()
+        self.ablation = ablation_of(run)
         set_seed(run.seed)
         base_model = AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=self.data.labels)
         self.model = get_peft_model(base_model, config(run))
