@@ -48,7 +48,10 @@ def make_run(comparison, method="AdaDoRA", **changes):
     return replace(run, **changes)
 
 
-@pytest.mark.parametrize("name, count", [("headlines", 2096), ("digits", 1797)])
+@pytest.mark.parametrize(
+    "name, count",
+    [("headlines", 2096), ("digits", 1797), ("tweets", 1200), ("speakers", 640)],
+)
 def test_no_test_example_is_trained_on_or_chosen_with(comparison, name, count):
     task = comparison.tasks.task(name)
     key = next(iter(task.test[0]))
@@ -57,6 +60,17 @@ def test_no_test_example_is_trained_on_or_chosen_with(comparison, name, count):
     )
     assert len(task.train) + len(task.validation) + len(task.test) == count
     assert not test & train and not test & validation and not train & validation
+
+
+def test_padding_changes_no_prediction(comparison):
+    training = comparison.training.Training(make_run(comparison, task="speakers"))
+    training.model.eval()
+    shortest, *_, longest = sorted(training.data.test, key=lambda example: len(example["inputs_embeds"]))
+    with torch.no_grad():
+        alone, padded = (
+            training.model(**training.data.collate(batch)).logits[0] for batch in ([shortest], [shortest, longest])
+        )
+    torch.testing.assert_close(alone, padded, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sample_has_as_many_examples_of_each_label(comparison):
@@ -95,12 +109,50 @@ def test_an_interval_is_that_of_a_paired_bootstrap(comparison):
     assert comparison.results.difference(log, reference, reference) == (0, 0, 0)
 
 
+class TestOverTasks:
+    def pairs(self, comparison, gains, examples=400):
+        """A row for each task and gain: runs of two seeds that are right where the reference is, and a share more."""
+        log, rows = {}, []
+        for task, gain in gains:
+            pair = []
+            for share in (0, gain):
+                runs = [make_run(comparison, task=task, seed=seed, lr=1 + share) for seed in range(2)]
+                right = "1" * round((0.5 + share) * examples)
+                log |= {run: {"right": right.ljust(examples, "0")} for run in runs}
+                pair.insert(0, runs)
+            rows.append(tuple(pair))
+        return log, rows
+
+    def test_each_task_counts_the_same(self, comparison):
+        log, rows = self.pairs(comparison, [("a", 0.1), ("a", 0.1), ("a", 0.1), ("b", 0.3)])
+        mean, lower, upper = comparison.results.difference_over_tasks(log, rows)
+        assert mean == pytest.approx(0.2)
+        # a resample may have one of the tasks twice
+        assert lower < 0.1 and 0.3 < upper
+
+    def test_rows_that_differ_in_nothing_have_the_interval_of_one(self, comparison):
+        log, rows = self.pairs(comparison, [("a", 0.1)])
+        assert comparison.results.difference_of_task(log, rows * 3) == pytest.approx(
+            comparison.results.difference(log, *rows[0])
+        )
+
+    def test_a_row_is_won_if_its_interval_lies_above_0(self, comparison):
+        log, rows = self.pairs(comparison, [("a", 0.2), ("b", -0.2), ("c", 0.1), ("d", 0)])
+        assert comparison.results.won_and_lost(log, rows) == "2 : 1 of 4"
+
+
 class TestPlan:
     @pytest.fixture
     def finished(self, comparison):
         """The quick plan with all tables, and a log of made-up records of all of its runs."""
         quick = comparison.plan.QUICK
-        plan = replace(quick, ablated=quick.cells[0], loraplus=quick.cells[:1])
+        plan = replace(
+            quick,
+            ablated=quick.cells[0],
+            loraplus=quick.cells[:1],
+            short=replace(quick.cells[0], steps=15),
+            judged=quick.cells[1:],
+        )
         log = {}
         for number, stage in enumerate(plan.stages(log)):
             for run in stage:
@@ -150,7 +202,18 @@ class TestPlan:
     def test_all_that_the_tables_and_plots_need_was_run(self, comparison, finished, tmp_path):
         plan, log = finished
         names = [table.name for table in comparison.results.tables(plan, log)]
-        assert names == ["compared", "equal-parameters", "ablations", "loraplus", "cost", "chosen"]
+        assert names == [
+            "compared",
+            "tasks",
+            "equal-parameters",
+            "ablations",
+            "short",
+            "mended",
+            "mended-tasks",
+            "loraplus",
+            "cost",
+            "chosen",
+        ]
         comparison.figures.write_figures(plan, log, tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"accuracies.png", "gains.png", "ablations.png"}
 
@@ -178,7 +241,7 @@ class TestPlan:
         log = comparison.compare.read_finished_log(plan, FOLDER / "runs.jsonl")
         guides = FOLDER.parents[1] / "docs/source/developer_guides"
         tables = {table.name: table for table in comparison.results.tables(plan, log)}
-        pages = dict.fromkeys(("compared", "equal-parameters", "ablations", "chosen"), "adadora_comparison.md")
+        pages = dict.fromkeys(set(tables) - {"cost"}, "adadora_comparison.md")
         for name, page in (pages | {"loraplus": "adadora_training.md"}).items():
             rows = [line for line in tables[name].markdown().splitlines() if line.startswith("| ")][2:]
             assert len(rows) == len(tables[name].rows)
@@ -250,7 +313,7 @@ class TestAblations:
         assert [int(layer.ranknum["default"]) for layer in self.layers(training)] == kept
         assert len(set(kept)) > 1
 
-    @pytest.mark.parametrize("name", ["orthonormal start", "LoRA's start"])
+    @pytest.mark.parametrize("name", ["orthonormal start", "LoRA's start", "start along the gradient"])
     def test_another_start_does_not_change_the_fresh_model(self, comparison, name):
         training = self.make(comparison, name)
         training.model.eval()
@@ -259,6 +322,35 @@ class TestAblations:
             expected = training.model(**batch).logits
         with torch.no_grad():
             torch.testing.assert_close(training.model(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+    def test_the_start_along_the_gradient_is_where_the_loss_falls_fastest(self, comparison):
+        training = self.make(comparison, "start along the gradient")
+        assert not any(layer.get_base_layer().weight.requires_grad for layer in self.layers(training))
+        training.model.eval()  # without dropout, as the start is made
+        examples = training.data.sample(training.run.examples, training.run.seed)
+        layers = self.layers(training)
+        weights = [layer.get_base_layer().weight.requires_grad_() for layer in layers]
+        with training.model.disable_adapter():
+            loss = training.model(**training.data.collate(examples)).loss
+        for layer, gradient in zip(layers, torch.autograd.grad(loss, weights)):
+            along = layer.lora_B["default"].T @ gradient @ layer.lora_A["default"].T
+            best = torch.linalg.svdvals(gradient)[: len(along)]
+            torch.testing.assert_close(along.diagonal(), best, rtol=1e-2, atol=1e-3 * best[0].item())
+
+    def test_together_has_what_each_has(self, comparison):
+        training = self.make(comparison, "start along the gradient, learning rate of E · 10")
+        alone = self.make(comparison, "start along the gradient")
+        for layer, other in zip(self.layers(training), self.layers(alone)):
+            assert torch.equal(layer.lora_A["default"], other.lora_A["default"])
+        rates = [group["initial_lr"] for group in training.optimizer.param_groups]
+        assert rates == pytest.approx([training.run.lr, 10 * training.run.lr])
+
+    def test_a_constant_rank_is_the_final_one(self, comparison):
+        training = self.make(comparison, "constant rank")
+        for _ in range(10):
+            training.step()
+        assert {layer.lora_E["default"].shape for layer in self.layers(training)} == {(2, 1)}
+        assert all(layer.lora_E["default"].all() for layer in self.layers(training))
 
     def test_allocating_before_the_step_leaves_pruned_entries_that_are_not_zero(self, comparison):
         for name, are_zero in (("allocation before the optimizer's step", False), (None, True)):

@@ -19,9 +19,14 @@ class Ablation:
     """No change at all. Each ablation overrides what it changes."""
 
     allocates_first = False
+    # the first rank over the last: AdaLoRA starts with 1.5 times the rank that it ends with, as its authors did
+    start = 1.5
 
     def change(self, model: PeftModel) -> None:
         """Change a fresh model."""
+
+    def change_by_examples(self, model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+        """Change a fresh model by what training examples show."""
 
     def groups(self, model: PeftModel, lr: float) -> list[dict[str, Any]]:
         """The optimizer's groups of parameters."""
@@ -117,6 +122,46 @@ class LoraStart(Ablation):
             nn.init.zeros_(layer.lora_B[ADAPTER])
 
 
+class ConstantRank(Ablation):
+    """All layers have the final rank from the first step to the last, so nothing is pruned."""
+
+    start = 1.0
+
+
+class GradientStart(Ablation):
+    """B and A start along the directions of their rank in which the loss falls fastest. E stays 0."""
+
+    def change_by_examples(self, model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+        weights = [layer.get_base_layer().weight.requires_grad_() for layer in layers(model)]
+        with model.disable_adapter():
+            gradients = torch.autograd.grad(model(**batch).loss, weights)
+        for layer, weight, gradient in zip(layers(model), weights, gradients):
+            weight.requires_grad_(False)
+            rank = layer.r[ADAPTER]
+            left, _, right = torch.svd_lowrank(gradient, q=rank + 4, niter=4)
+            with torch.no_grad():
+                layer.lora_B[ADAPTER].copy_(left[:, :rank])
+                layer.lora_A[ADAPTER].copy_(right[:, :rank].T)
+
+
+class Together(Ablation):
+    """Ablations of which the last decides about the optimizer's groups."""
+
+    def __init__(self, *ablations: Ablation) -> None:
+        self.ablations = ablations
+
+    def change(self, model: PeftModel) -> None:
+        for ablation in self.ablations:
+            ablation.change(model)
+
+    def change_by_examples(self, model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+        for ablation in self.ablations:
+            ablation.change_by_examples(model, batch)
+
+    def groups(self, model: PeftModel, lr: float) -> list[dict[str, Any]]:
+        return self.ablations[-1].groups(model, lr)
+
+
 class LoraPlus(Ablation):
     """
     The groups of PEFT's `create_loraplus_optimizer`, which gives the magnitude the base learning rate.
@@ -158,3 +203,14 @@ LORAPLUS = {
     "LoRA+, m at the base rate": LoraPlus(magnitude_with_b=False),
     "LoRA+, m at B's rate": LoraPlus(magnitude_with_b=True),
 }
+FASTER_E = LearningRate("lora_E", 10)
+# what may mend the slow start; each has trials of its own
+SLOW_START = {
+    "start along the gradient": GradientStart(),
+    "learning rate of E · 10": FASTER_E,
+    "start along the gradient, learning rate of E · 10": Together(GradientStart(), FASTER_E),
+    "orthonormal start": OrthonormalStart(),
+    "constant rank": ConstantRank(),
+    "no regularization": Regularization(NO_REGULARIZATION),
+}
+ALL = ABLATIONS | LORAPLUS | SLOW_START

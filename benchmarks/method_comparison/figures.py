@@ -7,8 +7,8 @@ from typing import Any
 
 from ablations import ABLATIONS
 from plan import RANK, Cell, Log, Plan
-from results import difference
-from training import ADADORA, ADALORA, METHODS, Run
+from results import difference, pairs
+from training import ADADORA, ADALORA, LORA, METHODS
 
 
 def cell_name(cell: Cell) -> str:
@@ -17,8 +17,13 @@ def cell_name(cell: Cell) -> str:
 
 def draw_accuracies(figure: Any, plan: Plan, log: Log) -> None:
     """Mean accuracy of each method against the rank, one set of axes per cell; each seed is a dot."""
-    figure.set_size_inches(3.2 * len(plan.cells), 3.4)
-    for axes, cell in zip(figure.subplots(1, len(plan.cells), squeeze=False)[0], plan.cells):
+    columns = min(4, len(plan.cells))
+    rows = -(-len(plan.cells) // columns)
+    figure.set_size_inches(3.2 * columns, 3.0 * rows + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(plan.cells) :]:
+        axes.set_axis_off()
+    for axes, cell in zip(grid.flat, plan.cells):
         for offset, method in enumerate(METHODS):
             places = [index + 0.12 * (offset - 1.5) for index in range(len(cell.ranks))]
             accuracies = [
@@ -30,7 +35,8 @@ def draw_accuracies(figure: Any, plan: Plan, log: Log) -> None:
         axes.set_xticks(range(len(cell.ranks)), cell.ranks)
         axes.set(title=cell_name(cell), xlabel="average rank at the end")
         axes.grid(axis="y", alpha=0.3)
-    figure.axes[0].set_ylabel("test accuracy, %")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("test accuracy, %")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
 
 
@@ -41,22 +47,19 @@ def draw_intervals(axes: Any, rows: list[tuple[str, tuple[float, float, float]]]
         axes.plot([100 * mean], [place], marker="o", color="tab:blue")
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("points of test accuracy, 95 % interval")
 
 
 def draw_gains(figure: Any, plan: Plan, log: Log) -> None:
-    """What the magnitude gains in each row of the comparison."""
-    rows = []
-    for cell in plan.cells:
-        for rank in cell.ranks:
-            runs: list[list[Run]] = [plan.compared(log, cell, method, rank) for method in (ADADORA, ADALORA)]
-            rows.append((f"{cell_name(cell)}, rank {rank}", difference(log, *runs)))
-    figure.set_size_inches(8, 1.2 + 0.3 * len(rows))
-    axes = figure.subplots()
-    draw_intervals(axes, rows)
-    axes.set_title(f"{ADADORA} minus {ADALORA}")
+    """What AdaDoRA gains over AdaLoRA, which is the magnitude, and over LoRA in each row of the comparison."""
+    names = [f"{cell_name(cell)}, rank {rank}" for cell in plan.cells for rank in cell.ranks]
+    figure.set_size_inches(12, 1.2 + 0.3 * len(names))
+    for axes, reference in zip(figure.subplots(1, 2, sharey=True), (ADALORA, LORA)):
+        compared = pairs(plan, log, plan.cells, (ADADORA, None), (reference, None))
+        draw_intervals(axes, [(name, difference(log, *pair)) for name, pair in zip(names, compared)])
+        axes.set_title(f"{ADADORA} minus {reference}")
 
 
 def draw_ablations(figure: Any, plan: Plan, log: Log) -> None:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Optional
 
-from ablations import ABLATIONS, LORAPLUS, TUNED
+from ablations import ABLATIONS, LORAPLUS, SLOW_START, TUNED
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run
 
 
 Record = dict[str, Any]
 Log = dict[Run, Record]
+Candidate = tuple[str, Optional[str]]  # a method, and what is changed
 # each method tries the same learning rates and scales, and the adaptive ones take turns between the schedules
 TRIALS = tuple(
     (lr, scale, ("early", "late")[(row + column) % 2])
@@ -23,7 +24,7 @@ FINALISTS = 3
 RANK = 4
 # LoRA+ tries the learning rates alone, and has more seeds, because its two groups may differ by little
 LORAPLUS_FINALISTS = 2
-LORAPLUS_SEEDS = tuple(range(8))
+LORAPLUS_SEEDS = 8
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Cell:
         examples: How many training examples; `None` is all.
         steps: Number of optimizer steps.
         ranks: The budgets.
+        seeds: How many seeds the runs that are tested have.
     """
 
     task: str
     examples: Optional[int]
     steps: int
     ranks: tuple[int, ...]
+    seeds: int
 
 
 def best_with_second_run(log: Log, trials: list[Run], count: int, **changes: Any) -> list[list[Run]]:
@@ -49,8 +52,16 @@ def best_with_second_run(log: Log, trials: list[Run], count: int, **changes: Any
     return [[run, replace(run, seed=TUNING_SEEDS[1], **changes)] for run in runs[:count]]
 
 
-def best_of(log: Log, finalists: list[list[Run]]) -> Run:
-    return max(finalists, key=lambda runs: sum(log[run]["accuracy"] for run in runs))[0]
+def accuracy(log: Log, runs: list[Run]) -> float:
+    return sum(log[run]["accuracy"] for run in runs) / len(runs)
+
+
+def best_of(log: Log, finalists: list[list[Run]]) -> list[Run]:
+    return max(finalists, key=lambda runs: accuracy(log, runs))
+
+
+def tests(run: Run, seeds: int, **changes: Any) -> list[Run]:
+    return [replace(run, seed=seed, split="test", **changes) for seed in range(seeds)]
 
 
 @dataclass(frozen=True)
@@ -59,16 +70,18 @@ class Plan:
     Args:
         cells: Where the methods are compared.
         trials: Learning rate, scale and schedule of the trials that each method has in each cell.
-        seeds: Seeds of the runs that are tested.
         ablated: The cell of the ablations and of the comparison at equal numbers of parameters, if any.
         loraplus: The cells where the groups of LoRA+ are compared.
+        short: The cell with few steps, where the changes of `SLOW_START` are compared and one is chosen, if any.
+        judged: The cells where the chosen change is judged.
     """
 
     cells: tuple[Cell, ...]
     trials: tuple[tuple[float, float, str], ...]
-    seeds: tuple[int, ...]
     ablated: Optional[Cell] = None
     loraplus: tuple[Cell, ...] = ()
+    short: Optional[Cell] = None
+    judged: tuple[Cell, ...] = ()
 
     def tuning(self, cell: Cell, method: str, ablation: Optional[str] = None) -> list[Run]:
         adaptive = method in (ADALORA, ADADORA)
@@ -94,24 +107,21 @@ class Plan:
         return best_with_second_run(log, self.tuning(cell, method, ablation), FINALISTS, rank=max(cell.ranks))
 
     def chosen(self, log: Log, cell: Cell, method: str, ablation: Optional[str] = None) -> Run:
-        return best_of(log, self.finalists(log, cell, method, ablation))
+        return best_of(log, self.finalists(log, cell, method, ablation))[0]
 
-    def tests(self, run: Run, **changes: Any) -> list[Run]:
-        return [replace(run, seed=seed, split="test", **changes) for seed in self.seeds]
-
-    def compared(self, log: Log, cell: Cell, method: str, rank: int) -> list[Run]:
-        return self.tests(self.chosen(log, cell, method), rank=rank)
+    def compared(self, log: Log, cell: Cell, method: str, rank: int, ablation: Optional[str] = None) -> list[Run]:
+        return tests(self.chosen(log, cell, method, ablation), cell.seeds, rank=rank)
 
     def ablation(self, log: Log, name: str) -> list[Run]:
         run = self.chosen(log, self.ablated, ADADORA, name if name in TUNED else None)
-        return self.tests(run, ablation=name)
+        return tests(run, self.ablated.seeds, ablation=name)
 
     def equal_parameters(self, log: Log, method: str) -> list[Run]:
         """LoRA or DoRA at the rank that has nearly as many parameters as AdaDoRA trains."""
         aim = log[self.compared(log, self.ablated, ADADORA, RANK)[0]]["parameters"]
         lora, this = (log[self.compared(log, self.ablated, name, RANK)[0]]["parameters"] for name in (LORA, method))
         rank = RANK + round((aim - this) / (lora / RANK))
-        return self.tests(self.chosen(log, self.ablated, method), rank=rank)
+        return tests(self.chosen(log, self.ablated, method), self.ablated.seeds, rank=rank)
 
     def loraplus_trials(self, log: Log, cell: Cell, name: str) -> list[Run]:
         """Each base learning rate, with the scale and the schedule of AdaDoRA without LoRA+."""
@@ -123,41 +133,75 @@ class Plan:
 
     def loraplus_tests(self, log: Log, cell: Cell, name: Optional[str]) -> list[Run]:
         """With the groups of that name, or without LoRA+ if it is `None`."""
-        run = best_of(log, self.loraplus_finalists(log, cell, name)) if name else self.chosen(log, cell, ADADORA)
-        return [replace(run, seed=seed, split="test") for seed in LORAPLUS_SEEDS]
+        run = best_of(log, self.loraplus_finalists(log, cell, name))[0] if name else self.chosen(log, cell, ADADORA)
+        return tests(run, LORAPLUS_SEEDS)
+
+    def mend(self, log: Log) -> str:
+        """The change whose chosen settings are best in both of their runs with few steps."""
+        return max(
+            SLOW_START, key=lambda name: accuracy(log, best_of(log, self.finalists(log, self.short, ADADORA, name)))
+        )
+
+    def choice(self, log: Log, cell: Cell, candidates: list[Candidate]) -> Iterator[list[Run]]:
+        """The runs that the settings of methods and their changes are chosen by."""
+        yield [run for candidate in candidates for run in self.tuning(cell, *candidate)]
+        yield [runs[1] for candidate in candidates for runs in self.finalists(log, cell, *candidate)]
+
+    def comparison(self, log: Log, cell: Cell, candidates: list[Candidate]) -> Iterator[list[Run]]:
+        yield from self.choice(log, cell, candidates)
+        yield [
+            run
+            for rank in cell.ranks
+            for method, ablation in candidates
+            for run in self.compared(log, cell, method, rank, ablation)
+        ]
 
     def stages(self, log: Log) -> Iterator[list[Run]]:
         """All runs, in lists that need the records of those before."""
         for cell in self.cells:
-            candidates = [(method, None) for method in METHODS]
+            yield from self.comparison(log, cell, [(method, None) for method in METHODS])
             if cell == self.ablated:
-                candidates += [(ADADORA, name) for name in TUNED]
-            yield [run for candidate in candidates for run in self.tuning(cell, *candidate)]
-            yield [runs[1] for candidate in candidates for runs in self.finalists(log, cell, *candidate)]
-            yield [run for rank in cell.ranks for method in METHODS for run in self.compared(log, cell, method, rank)]
-            if cell == self.ablated:
+                yield from self.choice(log, cell, [(ADADORA, name) for name in TUNED])
                 yield [run for name in ABLATIONS for run in self.ablation(log, name)]
                 yield [run for method in (LORA, DORA) for run in self.equal_parameters(log, method)]
+        if self.short:
+            candidates = [(LORA, None), (ADADORA, None), *((ADADORA, name) for name in SLOW_START)]
+            yield from self.comparison(log, self.short, candidates)
+        for cell in self.judged:
+            yield from self.comparison(log, cell, [(ADADORA, self.mend(log))])
         for cell in self.loraplus:
             yield [run for name in LORAPLUS for run in self.loraplus_trials(log, cell, name)]
             yield [runs[1] for name in LORAPLUS for runs in self.loraplus_finalists(log, cell, name)]
             yield [run for name in (None, *LORAPLUS) for run in self.loraplus_tests(log, cell, name)]
 
 
-FEWEST = Cell("headlines", 50, steps=50, ranks=(2, 4, 8))
-ABLATED = Cell("headlines", 200, steps=100, ranks=(2, 4, 8))
-DIGITS = Cell("digits", 200, steps=100, ranks=(4,))
+RANKS = (2, 4, 8)
+FEWEST = Cell("headlines", 50, steps=50, ranks=RANKS, seeds=5)
+ABLATED = Cell("headlines", 200, steps=100, ranks=RANKS, seeds=5)
+DIGITS = Cell("digits", 200, steps=100, ranks=(RANK,), seeds=5)
+TWEETS = Cell("tweets", 50, steps=50, ranks=RANKS, seeds=3)
+SPEAKERS = Cell("speakers", 50, steps=50, ranks=RANKS, seeds=3)
 FULL = Plan(
-    cells=(FEWEST, ABLATED, Cell("headlines", None, steps=120, ranks=(2, 4, 8)), DIGITS),
+    cells=(
+        FEWEST,
+        ABLATED,
+        Cell("headlines", None, steps=120, ranks=RANKS, seeds=5),
+        DIGITS,
+        TWEETS,
+        SPEAKERS,
+    ),
     trials=TRIALS,
-    seeds=(0, 1, 2, 3, 4),
     ablated=ABLATED,
     loraplus=(FEWEST, DIGITS),
+    short=Cell("headlines", 50, steps=25, ranks=(RANK,), seeds=3),
+    judged=(TWEETS, SPEAKERS),
 )
 QUICK = Plan(
-    cells=(Cell("headlines", 50, steps=30, ranks=(4,)), Cell("digits", 200, steps=30, ranks=(4,))),
+    cells=(
+        Cell("headlines", 50, steps=30, ranks=(RANK,), seeds=2),
+        Cell("digits", 200, steps=30, ranks=(RANK,), seeds=2),
+    ),
     trials=TRIALS[2:6],
-    seeds=(0, 1),
 )
 
 

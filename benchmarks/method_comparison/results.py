@@ -1,20 +1,24 @@
 """Tables and plots of what was recorded."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
-from ablations import ABLATIONS, LORAPLUS, LORAPLUS_RATIO, TUNED
+from ablations import ABLATIONS, LORAPLUS, LORAPLUS_RATIO, SLOW_START, TUNED
 from counters import peak_bytes
-from plan import LORAPLUS_SEEDS, RANK, Cell, Log, Plan
+from plan import LORAPLUS_SEEDS, RANK, Candidate, Cell, Log, Plan
 from report import Table
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run, Training
 
 
 RESAMPLES = 10_000
-DIFFERENCE = f"{ADADORA} − {ADALORA}"
+REFERENCES = (ADALORA, DORA, LORA)
+Interval = tuple[float, float, float]
+# runs and those of a reference with the same seeds
+Pair = tuple[Sequence[Run], Sequence[Run]]
 
 
 def percent(value: float) -> str:
@@ -32,25 +36,69 @@ def right(log: Log, runs: Sequence[Run]) -> np.ndarray:
 
 
 @cache
-def resamples(*sizes: int) -> list[np.ndarray]:
-    """How many times each of `size` things is drawn in each resample, (resamples, size), for each of the sizes."""
-    random = np.random.default_rng(0)
-    return [random.multinomial(size, [1 / size] * size, RESAMPLES) for size in sizes]
+def resamples(seeds: int, examples: int, stream: int) -> list[np.ndarray]:
+    """How many times each seed and each example is drawn in each resample, (resamples, seeds or examples) each."""
+    random = np.random.default_rng(stream)
+    return [random.multinomial(size, [1 / size] * size, RESAMPLES) for size in (seeds, examples)]
 
 
-def difference(log: Log, runs: Sequence[Run], reference: Sequence[Run]) -> tuple[float, float, float]:
+def resampled(log: Log, pair: Pair, stream: int = 0) -> np.ndarray:
+    """How much more accurate runs are in each resample of seeds and test examples, which are the same for both."""
+    gain = right(log, pair[0]) - right(log, pair[1])
+    times_of_seeds, times_of_examples = resamples(*gain.shape, stream)
+    return ((times_of_seeds @ gain) * times_of_examples).sum(axis=1) / gain.size
+
+
+def mean_difference(log: Log, pair: Pair) -> float:
+    return float((right(log, pair[0]) - right(log, pair[1])).mean())
+
+
+def with_interval(mean: float, means: np.ndarray) -> Interval:
+    lower, upper = np.percentile(means, [2.5, 97.5])
+    return mean, float(lower), float(upper)
+
+
+def difference(log: Log, runs: Sequence[Run], reference: Sequence[Run]) -> Interval:
     """
     How much more accurate runs are than those of a reference with the same seeds: the mean, and both ends of a 95 %
     interval from a paired bootstrap over seeds and test examples.
     """
-    gain = right(log, runs) - right(log, reference)
-    times_of_seeds, times_of_examples = resamples(*gain.shape)
-    means = ((times_of_seeds @ gain) * times_of_examples).sum(axis=1)
-    lower, upper = np.percentile(means, [2.5, 97.5]) / gain.size
-    return float(gain.mean()), float(lower), float(upper)
+    return with_interval(mean_difference(log, (runs, reference)), resampled(log, (runs, reference)))
 
 
-def interval(values: tuple[float, float, float]) -> str:
+def by_task(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    result = defaultdict(list)
+    for pair in pairs:
+        result[pair[0][0].task].append(pair)
+    return dict(result)
+
+
+def difference_of_task(log: Log, pairs: Sequence[Pair]) -> Interval:
+    """The mean over rows of one task. In each resample they have the same test examples, and the same seeds."""
+    means = [resampled(log, pair) for pair in pairs]
+    return with_interval(statistics.mean(mean_difference(log, pair) for pair in pairs), np.mean(means, axis=0))
+
+
+def difference_over_tasks(log: Log, pairs: Sequence[Pair]) -> Interval:
+    """The mean over tasks, each with the mean of its rows; a bootstrap over tasks, and their seeds and examples."""
+    tasks = list(by_task(pairs).values())
+    mean = statistics.mean(statistics.mean(mean_difference(log, pair) for pair in rows) for rows in tasks)
+    # a stream for each task, because their seeds and examples have nothing in common
+    means = [
+        np.mean([resampled(log, pair, stream) for pair in rows], axis=0) for stream, rows in enumerate(tasks, start=1)
+    ]
+    times_of_tasks = np.random.default_rng(0).multinomial(len(tasks), [1 / len(tasks)] * len(tasks), RESAMPLES)
+    return with_interval(mean, (times_of_tasks.T * means).sum(axis=0) / len(tasks))
+
+
+def won_and_lost(log: Log, pairs: Sequence[Pair]) -> str:
+    """How many intervals lie above 0, and how many below."""
+    intervals = [difference(log, *pair) for pair in pairs]
+    won, lost = sum(lower > 0 for _, lower, _ in intervals), sum(upper < 0 for _, _, upper in intervals)
+    return f"{won} : {lost} of {len(pairs)}"
+
+
+def interval(values: Interval) -> str:
     mean, lower, upper = (100 * value for value in values)
     return f"{mean:+.1f} ({lower:+.1f} to {upper:+.1f})"
 
@@ -63,10 +111,71 @@ def compared_row(plan: Plan, log: Log, cell: Cell, rank: int) -> dict[str, Any]:
     runs = {method: plan.compared(log, cell, method, rank) for method in METHODS}
     return {
         **labels(cell),
+        "seeds": cell.seeds,
         "rank": rank,
         **{method: mean_and_deviation(log, runs[method]) for method in METHODS},
-        DIFFERENCE: interval(difference(log, runs[ADADORA], runs[ADALORA])),
-        f"{ADADORA} − {LORA}": interval(difference(log, runs[ADADORA], runs[LORA])),
+        **{f"{ADADORA} − {name}": interval(difference(log, runs[ADADORA], runs[name])) for name in REFERENCES},
+    }
+
+
+def pairs(plan: Plan, log: Log, cells: Sequence[Cell], this: Candidate, reference: Candidate) -> list[Pair]:
+    """The runs of two candidates in all rows of these cells."""
+    return [
+        (plan.compared(log, cell, this[0], rank, this[1]), plan.compared(log, cell, reference[0], rank, reference[1]))
+        for cell in cells
+        for rank in cell.ranks
+    ]
+
+
+def summary_rows(log: Log, columns: dict[str, list[Pair]]) -> list[dict[str, Any]]:
+    """Mean differences of each task and of all, and how many rows are won and lost."""
+    tasks = {name: by_task(rows) for name, rows in columns.items()}
+    first = next(iter(tasks.values()))
+    return [
+        *(
+            {"task": task, "rows": len(rows)}
+            | {name: interval(difference_of_task(log, tasks[name][task])) for name in columns}
+            for task, rows in first.items()
+        ),
+        {"task": "all tasks", "rows": sum(map(len, first.values()))}
+        | {name: interval(difference_over_tasks(log, rows)) for name, rows in columns.items()},
+        {"task": "rows won : lost", "rows": ""} | {name: won_and_lost(log, rows) for name, rows in columns.items()},
+    ]
+
+
+def tasks_rows(plan: Plan, log: Log) -> list[dict[str, Any]]:
+    return summary_rows(
+        log,
+        {f"{ADADORA} − {name}": pairs(plan, log, plan.cells, (ADADORA, None), (name, None)) for name in REFERENCES},
+    )
+
+
+def short_rows(plan: Plan, log: Log, cell: Cell) -> list[dict[str, Any]]:
+    """LoRA, AdaDoRA, and AdaDoRA with each change, with few steps."""
+    candidates: dict[str, Candidate] = {LORA: (LORA, None), "nothing": (ADADORA, None)}
+    candidates |= {name: (ADADORA, name) for name in SLOW_START}
+    runs = {name: plan.compared(log, cell, method, RANK, change) for name, (method, change) in candidates.items()}
+    return [
+        {
+            "changed": f"({name})" if name == LORA else name,
+            **settings(tests[0]),
+            "accuracy": mean_and_deviation(log, tests),
+            "more": "" if name == "nothing" else interval(difference(log, tests, runs["nothing"])),
+            f"more than {LORA}": "" if name == LORA else interval(difference(log, tests, runs[LORA])),
+        }
+        for name, tests in runs.items()
+    ]
+
+
+def mended_row(plan: Plan, log: Log, cell: Cell, rank: int) -> dict[str, Any]:
+    change = plan.mend(log)
+    mended = plan.compared(log, cell, ADADORA, rank, change)
+    runs = {method: plan.compared(log, cell, method, rank) for method in METHODS}
+    return {
+        **labels(cell),
+        "rank": rank,
+        change: mean_and_deviation(log, mended),
+        **{f"− {method}": interval(difference(log, mended, runs[method])) for method in (ADADORA, DORA, LORA)},
     }
 
 
@@ -135,16 +244,16 @@ def settings(run: Run) -> dict[str, Any]:
     return {"learning rate": f"{run.lr:g}", "scale": f"{run.scale:g}", "schedule": run.schedule or ""}
 
 
-def chosen_row(plan: Plan, log: Log, cell: Cell, method: str) -> dict[str, Any]:
-    trials = ", ".join(percent(log[run]["accuracy"]) for run in plan.tuning(cell, method))
+def chosen_row(plan: Plan, log: Log, cell: Cell, method: str, change: Optional[str] = None) -> dict[str, Any]:
+    trials = ", ".join(percent(log[run]["accuracy"]) for run in plan.tuning(cell, method, change))
     finals = ", ".join(
         f"{run.lr:g}·{run.scale:g}: {percent(log[final]['accuracy'])}"
-        for run, final in plan.finalists(log, cell, method)
+        for run, final in plan.finalists(log, cell, method, change)
     )
     return {
         **labels(cell),
-        "method": method,
-        **settings(plan.chosen(log, cell, method)),
+        "method": f"{method}, {change}" if change else method,
+        **settings(plan.chosen(log, cell, method, change)),
         "all trials": trials,
         "second run of the best": finals,
     }
@@ -179,9 +288,16 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "compared",
             "Accuracy at equal final rank",
             [compared_row(plan, log, cell, rank) for cell in plan.cells for rank in cell.ranks],
-            f"Per cent of the test examples, mean and standard deviation of {len(plan.seeds)} seeds, and differences "
-            "with 95 % intervals (paired bootstrap over seeds and examples).",
-        )
+            "Per cent of the test examples, mean and standard deviation over seeds, and differences with 95 % "
+            "intervals (paired bootstrap over seeds and examples).",
+        ),
+        Table(
+            "tasks",
+            "Over tasks",
+            tasks_rows(plan, log),
+            "Mean differences over the rows of a task, and over tasks, with 95 % intervals (bootstrap over tasks, and "
+            "in each over seeds and examples). A row is won if its own interval lies above 0, and lost if below.",
+        ),
     ]
     if plan.ablated:
         where = f"{plan.ablated.task}, {plan.ablated.examples} examples"
@@ -194,13 +310,45 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             ),
             Table("ablations", "AdaDoRA with one thing changed", ablation_rows(plan, log), f"{where}, rank {RANK}."),
         ]
+    if plan.short:
+        result.append(
+            Table(
+                "short",
+                "AdaDoRA with one thing changed, in short training",
+                short_rows(plan, log, plan.short),
+                f"{plan.short.task}, {plan.short.examples} examples, {plan.short.steps} steps, rank {RANK}, "
+                f"{plan.short.seeds} seeds. Each has as many trials as a method has above.",
+            )
+        )
+    if plan.judged:
+        change = plan.mend(log)
+        mended = (ADADORA, change)
+        result += [
+            Table(
+                "mended",
+                f"AdaDoRA with {change}",
+                [mended_row(plan, log, cell, rank) for cell in plan.judged for rank in cell.ranks],
+                "The tasks had no part in its choice. Its settings have as many trials as those of a method.",
+            ),
+            Table(
+                "mended-tasks",
+                f"AdaDoRA with {change}, over tasks",
+                summary_rows(
+                    log,
+                    {
+                        f"− {name}": pairs(plan, log, plan.judged, mended, (name, None))
+                        for name in (ADADORA, DORA, LORA)
+                    },
+                ),
+            ),
+        ]
     if plan.loraplus:
         result.append(
             Table(
                 "loraplus",
                 f"AdaDoRA with LoRA+, of ratio {LORAPLUS_RATIO}",
                 [row for cell in plan.loraplus for row in loraplus_rows(plan, log, cell)],
-                f"Rank {RANK}, {len(LORAPLUS_SEEDS)} seeds. The trials are base learning rates of "
+                f"Rank {RANK}, {LORAPLUS_SEEDS} seeds. The trials are base learning rates of "
                 f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, of which the better half has a "
                 "second run; all else is as chosen without LoRA+.",
             )
@@ -210,7 +358,8 @@ def tables(plan: Plan, log: Log) -> list[Table]:
         Table(
             "chosen",
             "Settings chosen",
-            [chosen_row(plan, log, cell, method) for cell in plan.cells for method in METHODS],
+            [chosen_row(plan, log, cell, method) for cell in plan.cells for method in METHODS]
+            + [chosen_row(plan, log, cell, ADADORA, plan.mend(log)) for cell in plan.judged],
             f"Accuracy on the validation examples in per cent: of all trials at rank {RANK}, and of a second run of "
             "the best at the highest rank. The trials are learning rates of "
             f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, each with a scale of "

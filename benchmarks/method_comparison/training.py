@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
 import torch
-from ablations import ABLATIONS, LORAPLUS, Ablation
+from ablations import ALL, Ablation
 from tasks import Example, Task, model_folder, task
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
 
@@ -16,10 +16,9 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_mode
 LORA, DORA, ADALORA, ADADORA = "LoRA", "DoRA", "AdaLoRA", "AdaDoRA"
 METHODS = (LORA, DORA, ADALORA, ADADORA)
 BATCH_SIZE = 16
+EXAMPLES_OF_START = 64  # that a start may look at
 # the shares of the steps before the first allocation and after the last
 SCHEDULES = {"early": (0.1, 0.5), "late": (0.3, 0.2)}
-# AdaLoRA starts with 1.5 times the rank that it ends with, as its authors did
-START = 1.5
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,15 @@ class Run:
     ablation: Optional[str] = None
 
 
+def ablation_of(run: Run) -> Ablation:
+    return ALL[run.ablation] if run.ablation else Ablation()
+
+
 def config(run: Run) -> PeftConfig:
     common = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
     if run.method in (LORA, DORA):
         return LoraConfig(r=run.rank, lora_alpha=run.scale * run.rank, use_dora=run.method == DORA, **common)
-    init_r = round(START * run.rank)
+    init_r = round(ablation_of(run).start * run.rank)
     tinit, tfinal = (round(share * run.steps) for share in SCHEDULES[run.schedule])
     return AdaLoraConfig(
         init_r=init_r,
@@ -109,14 +112,16 @@ class Training:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.data = task(run.task)
-        self.ablation = (ABLATIONS | LORAPLUS)[run.ablation] if run.ablation else Ablation()
+        self.ablation = ablation_of(run)
         set_seed(run.seed)
         base_model = AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=self.data.labels)
         self.model = get_peft_model(base_model, config(run))
+        examples = self.data.sample(run.examples, run.seed)
         self.ablation.change(self.model)
+        self.ablation.change_by_examples(self.model, self.data.collate(examples[:EXAMPLES_OF_START]))
         self.optimizer = torch.optim.AdamW(self.ablation.groups(self.model, run.lr), lr=run.lr, weight_decay=0.0)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, run.steps // 10, run.steps)
-        self.batches = batches(self.data, self.data.sample(run.examples, run.seed), run.seed)
+        self.batches = batches(self.data, examples, run.seed)
         self.steps_done = 0
         self.model.train()
 
