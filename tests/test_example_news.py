@@ -172,7 +172,7 @@ def test_only_adadora_prints_how_far_the_magnitudes_moved(runs, method, expected
     assert runs(method).printed.count("mean change of the row magnitudes") == expected
 
 
-@pytest.mark.parametrize(("method", "has_report"), [("lora", False), ("adalora", True), ("adadora", True)])
+@pytest.mark.parametrize(("method", "has_report"), [("lora", False), ("adadora", True)])
 def test_what_it_says_to_do_next_works(runs, method, has_report):
     run = runs(method)
     *load, train = [line[2:] for line in run.printed.splitlines() if line.startswith("  ")]
