@@ -96,7 +96,7 @@ MUTANTS = [
     ),
     Mutant(
         "keep m / n outside of generate() and DoraCaching()",
-        (Edit("kept.py", "None if needs_grad else _session(layer)\n", "None if needs_grad else True\n"),),
+        (Edit("kept.py", "None if needs_grad else _session(layer, kept)\n", "None if needs_grad else True\n"),),
         first="test_scale_cache.py",
     ),
     Mutant("do not clamp the squared norm", (Edit("adadora.py", ".clamp_min(0)", ""),)),

@@ -81,7 +81,7 @@ def squared_base_norm(layer: nn.Module, rows: torch.Tensor | Rows) -> torch.Tens
     weight = layer.get_base_layer().weight
     if weight.requires_grad or is_partitioned(weight):
         return squared_row_norm(rows)
-    return _keep(layer, "norm", lambda: (squared_row_norm(rows),), _stored_tensors(weight), None)[0]
+    return _keep(layer, layer.kept, "norm", lambda: (squared_row_norm(rows),), _stored_tensors(weight), None)[0]
 
 
 def scales(layer: nn.Module, adapter_name: str) -> Tensors:
@@ -98,13 +98,14 @@ def scales(layer: nn.Module, adapter_name: str) -> Tensors:
     parts = layer.lora_A, layer.lora_E, layer.lora_B, layer.lora_magnitude, layer.ranknum
     params = [part[adapter_name] for part in parts]
     needs_grad = torch.is_grad_enabled() and any(param.requires_grad for param in params)
-    session = None if needs_grad else _session(layer)
+    kept = layer.kept
+    session = None if needs_grad else _session(layer, kept)
     if session is None:
-        layer.kept.scales = None  # a training step may follow, and a fused optimizer does not count its writes
+        kept.scales = None  # a training step may follow, and a fused optimizer does not count its writes
         return compute()
     tensors = [*_stored_tensors(layer.get_base_layer().weight), *params]
     owner = session, adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled()
-    return _keep(layer, "scales", compute, tensors, owner)
+    return _keep(layer, kept, "scales", compute, tensors, owner)
 
 
 @contextmanager
@@ -120,10 +121,10 @@ def generation(layers: list[nn.Module]) -> Iterator[None]:
             layer.kept.generation = layer.kept.scales = None
 
 
-def _session(layer: nn.Module) -> Optional[object]:
+def _session(layer: nn.Module, kept: Kept) -> Optional[object]:
     """What m / n may be kept for: one `generate` of the model, or one `DoraCaching()`. `None` outside of both."""
-    if layer.kept.generation is not None:
-        return layer.kept.generation
+    if kept.generation is not None:
+        return kept.generation
     if layer.training or not dora.ENABLE_DORA_CACHING:
         return None
     if dora.ENABLE_DORA_CACHING is True:
@@ -140,13 +141,19 @@ def _stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _keep(
-    layer: nn.Module, place: str, compute: Callable[[], Tensors], tensors: list[torch.Tensor], owner: Hashable
+    layer: nn.Module,
+    kept: Kept,
+    place: str,
+    compute: Callable[[], Tensors],
+    tensors: list[torch.Tensor],
+    owner: Hashable,
 ) -> Tensors:
     """The values of `compute()`, which depend on nothing but `tensors` and `owner`, kept by one layer and thread.
 
     Args:
-        layer (`nn.Module`): Keeps the values.
-        place (`str`): The attribute of its [`Kept`] that they are in, `None` at first.
+        layer (`nn.Module`): The layer that the values are of.
+        kept ([`Kept`]): What it keeps.
+        place (`str`): The attribute that the values are kept in, `None` at first.
         compute (`Callable`): Gives the values.
         tensors (`list[torch.Tensor]`): The values are used for as long as these have the same storages and versions.
         owner (`Hashable`): The values are used for as long as this is the same, too.
@@ -159,12 +166,12 @@ def _keep(
         states = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
     except RuntimeError:  # made in inference mode, where nobody counts writes, or without storage
         return compute()
-    kept = getattr(layer.kept, place)  # once, because another thread may replace it
-    if kept and kept.owner == owner and kept.states == states and all(map(operator.is_, kept.tensors, tensors)):
-        return kept.values
+    last = getattr(kept, place)  # once, because another thread may replace it
+    if last and last.owner == owner and last.states == states and all(map(operator.is_, last.tensors, tensors)):
+        return last.values
     values = compute()
     if all(map(_has_values, (*tensors, *values))):
-        setattr(layer.kept, place, _Values(owner, tensors, [tensor.detach() for tensor in tensors], states, values))
+        setattr(kept, place, _Values(owner, tensors, [tensor.detach() for tensor in tensors], states, values))
     return values
 
 
