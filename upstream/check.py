@@ -263,10 +263,11 @@ class Check:
 
     def step(self, folder: Path) -> None:
         """One of the patches that build on those before."""
-        name, tree, before = folder.name, self.folder / folder.name, self.folder / "before"
+        name, tree, before = folder.name, self.folder / folder.name, self.stock
         series.build(self.stock, tree, name)
         earlier = [step for step in series.steps() if step.name < name]
         if earlier:
+            before = self.folder / "before"
             series.build(self.stock, before, earlier[-1].name)
         arguments = ["-m", "not overlay and not soak and not engines", f"@{folder / 'tests.txt'}"]
         ours = run_tests(self.python, tree, ROOT, arguments)
@@ -291,10 +292,13 @@ def report_newer_release(folder: Path, pinned: Path) -> None:
     if newer is None:
         print("there is no newer release of PEFT")
         return
-    for step in series.steps():
-        if (step / "peft.patch").exists():
+    try:
+        for step in series.steps():
             series.apply(newer, step / "peft.patch", "--unidiff-zero")
-    print(f"{newer.name}: all edits apply")
+    except SystemExit as error:
+        print(f"{newer.name}: {error}")
+    else:
+        print(f"{newer.name}: all edits apply")
 
 
 def main() -> int:
@@ -310,7 +314,8 @@ def main() -> int:
     check = Check(options.folder.resolve(), options.only_ours)
     for name, folder in patches.items():
         if options.only in (None, name):
-            check.fix(folder) if folder in fixes else check.step(folder)
+            run = check.fix if folder in fixes else check.step
+            run(folder)
     print(*check.problems, sep="\n")
     report_newer_release(check.folder, check.stock)
     return 1 if check.problems else 0

@@ -96,8 +96,7 @@ def build(stock: Path, tree: Path, last: str) -> None:
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(stock, tree)
     for folder in steps()[: names.index(last) + 1]:
-        if (folder / "peft.patch").exists():
-            apply(tree, folder / "peft.patch", "--unidiff-zero")
+        apply(tree, folder / "peft.patch", "--unidiff-zero")
     brought = [name for folder in (*steps(), NOT_PROPOSED) for name in read_step(folder).get("files", ())]
     for name in brought:
         code = (ROOT / ADALORA / name).read_text()
