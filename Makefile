@@ -16,9 +16,10 @@ soak: .venv/installed  ## kill and resume a run 200 times (about 6 minutes)
 engines: .venv/installed  ## FSDP2 through the Trainer with all that it can be asked for (about 3 minutes)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
 
-quality: .venv/installed  ## lint and check the format
+quality: .venv/installed  ## lint, check the format, and ask type checkers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m types
 
 style: .venv/installed  ## format
 	$(BIN)/ruff check --fix .

@@ -353,6 +353,7 @@ callback = AdaLoraCallback()
 MISTYPED = f"{TYPED}AdaLoraConfig(use_dora_adaptiv=True)\n"
 
 
+@pytest.mark.types
 class TestTypes:
     """PEFT says that it is typed, so type checkers would not know of the flag."""
 
