@@ -184,10 +184,9 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
         base_layer: nn.Module,
         adapter_name: str,
         config: AdaLoraConfig,
-        r: int = 0,
-        lora_alpha: int = 1,
+        *args: Any,
         use_dora_adaptive: Optional[bool] = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if use_dora_adaptive is not None:
             config = copy.copy(config)
@@ -195,7 +194,7 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
         if config.use_dora_adaptive:
             innermost = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
             check_magnitude_support(innermost, fan_in_fan_out=config.fan_in_fan_out)
-        stock.SVDLinear.__init__(self, base_layer, adapter_name, config, r=r, lora_alpha=lora_alpha, **kwargs)
+        stock.SVDLinear.__init__(self, base_layer, adapter_name, config, *args, **kwargs)
 
 
 class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):

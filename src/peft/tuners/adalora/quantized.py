@@ -88,7 +88,7 @@ def learn_how_to_quantize(model: nn.Module, layers: Iterable[nn.Module]) -> None
     quantization_config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     how = getattr(quantization_config, "get_apply_tensor_subclass", None)
     for layer in layers:
-        if isinstance(layer.quantization_backend, RowsOfTorchao):
+        if isinstance(layer.quantization_backend, TorchaoBackend):
             layer.quantization_backend.get_apply_tensor_subclass = how
 
 
