@@ -69,5 +69,5 @@ def test_the_method_is_no_longer_than_a_maintainer_reads(stock, tmp_path):
 
     first = series.steps()[0]
     series.build(stock, tmp_path / "tree", first.name)
-    lines = check.changed_lines([first / "peft.patch"]) + check.new_lines(tmp_path / "tree", stock, first)
+    lines = check.changed_lines(first / "peft.patch") + check.new_lines(tmp_path / "tree", stock)
     assert 0 < lines <= 450

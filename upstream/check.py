@@ -183,20 +183,21 @@ def count_lines(text: str) -> int:
     return sum(bool(line.strip()) and line not in header for line in text.splitlines())
 
 
-def changed_lines(patches: list[Path]) -> int:
-    """How many lines some patches add and remove."""
-    lines = [line for patch in patches if patch.exists() for line in patch.read_text().splitlines()]
-    return count_lines("\n".join(line[1:] for line in lines if re.match(r"[+-](?!--|\+\+ )", line)))
+def changed_lines(patch: Path) -> int:
+    """How many lines a patch adds and removes."""
+    return count_lines(
+        "\n".join(line[1:] for line in re.findall(r"^[+-](?!--|\+\+ ).*", patch.read_text(), re.MULTILINE))
+    )
 
 
-def new_lines(tree: Path, before: Path, folder: Path) -> int:
-    """How many lines a step adds to our modules, whole ones and those that it makes longer."""
-    names = [*series.read_step(folder).get("files", ()), *series.read_step(folder).get("adds", {})]
-    sizes = [count_lines(path.read_text()) for name in names for path in [tree / series.ADALORA / name]]
-    sizes_before = [
-        count_lines(path.read_text()) for name in names for path in [before / series.ADALORA / name] if path.exists()
+def new_lines(tree: Path, before: Path) -> int:
+    """How many lines a tree has more in our modules than the one before it."""
+    names = [name for folder in series.steps() for name in series.read_step(folder)["files"]]
+    sizes = [
+        sum(count_lines(path.read_text()) for name in names for path in each.glob(str(series.ADALORA / name)))
+        for each in (tree, before)
     ]
-    return sum(sizes) - sum(sizes_before)
+    return sizes[0] - sizes[1]
 
 
 class Check:
@@ -252,7 +253,7 @@ class Check:
         ]
         row = [
             name,
-            changed_lines([folder / "peft.patch"]),
+            changed_lines(folder / "peft.patch"),
             0,
             self.tests_of_peft(name, tree),
             self.must_pass(name, run_tests(self.python, tree, HERE, of_this)),
@@ -273,8 +274,8 @@ class Check:
         ours = run_tests(self.python, tree, ROOT, arguments)
         row = [
             name,
-            changed_lines([folder / "peft.patch"]),
-            new_lines(tree, before, folder),
+            changed_lines(folder / "peft.patch"),
+            new_lines(tree, before),
             self.tests_of_peft(name, tree),
             self.must_pass(name, ours),
         ]

@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -47,21 +48,25 @@ def apply(tree: Path, patch: Path, *options: str) -> None:
         raise SystemExit(f"{patch.relative_to(HERE)} does not apply: {result.stderr}")
 
 
-def without_definitions(code: str, names: list[str]) -> str:
-    """Code without some of its functions and classes, and methods (`Class.method`), and the comments above them."""
-    lines = code.splitlines(keepends=True)
-    found = {}
+def definitions(code: str) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """The functions and classes of a module, and the methods of its classes as `Class.method`."""
     for node in ast.parse(code).body:
-        for inner, prefix in (
-            (node, ""),
-            *((child, f"{node.name}.") for child in getattr(node, "body", ()) if isinstance(node, ast.ClassDef)),
-        ):
-            if isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
-                first = min([inner.lineno, *(decorator.lineno for decorator in inner.decorator_list)]) - 1
-                while lines[first - 1].lstrip().startswith("#"):
-                    first -= 1
-                found[prefix + inner.name] = range(first, inner.end_lineno)
-    left_out = {line for name in names for line in found[name]}
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name, node
+        for child in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(child, ast.FunctionDef):
+                yield f"{node.name}.{child.name}", child
+
+
+def without_definitions(code: str, names: list[str]) -> str:
+    """Code without some of its [`definitions`], and the comments above them."""
+    lines, found = code.splitlines(keepends=True), dict(definitions(code))
+    left_out = set()
+    for name in names:
+        first = min([found[name].lineno, *(decorator.lineno for decorator in found[name].decorator_list)]) - 1
+        while lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        left_out.update(range(first, found[name].end_lineno))
     return "".join(line for number, line in enumerate(lines) if number not in left_out)
 
 
