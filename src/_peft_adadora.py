@@ -52,7 +52,8 @@ class OverlayFinder:
         if spec is None or not is_supported(version):
             warnings.warn(
                 f"peft-adadora supports peft {SUPPORTED_PEFT} but peft {version} is installed, so AdaDoRA is off and "
-                "PEFT runs as it is; install a supported peft, or uninstall peft-adadora."
+                "PEFT runs as it is: it will refuse use_dora_adaptive as an unknown argument. Install a supported "
+                "peft, or uninstall peft-adadora."
             )
             return spec
         folders = [overlay_folder(), *spec.submodule_search_locations]

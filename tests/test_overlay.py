@@ -416,6 +416,7 @@ class TestUnsupportedPeft:
         messages = json.loads(installed.run("-c", code, python_path=[unsupported]).stdout)
         assert len(messages) == 1
         assert ">=0.21.0,<0.22" in messages[0] and "0.99.0" in messages[0]
+        assert "refuse use_dora_adaptive as an unknown argument. Install a supported peft" in messages[0]
 
     def test_it_is_left_as_it_is(self, installed, unsupported):
         code = (
