@@ -7,8 +7,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints
 demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
 
+# files in the order of their names: by their numbers of tests, those with few that take long would come last
 test: .venv/installed  ## all tests but PEFT's own
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: .venv/installed  ## kill and resume a run 200 times (about 6 minutes)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
