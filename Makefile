@@ -30,7 +30,7 @@ bench: .venv/installed  ## time, memory and accuracy against PEFT's AdaLoRA and 
 	$(INSTALL) -e '.[bench]'
 	$(BIN)/python benchmarks/run.py --output build/benchmarks
 
-compare: .venv/installed  ## LoRA, DoRA, AdaLoRA and AdaDoRA on real data (about two hours)
+compare: .venv/installed  ## LoRA, DoRA, AdaLoRA and AdaDoRA on real data (about four hours)
 	$(INSTALL) -e '.[compare]'
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/method_comparison/compare.py
 

@@ -50,7 +50,7 @@ def make_run(comparison, method="AdaDoRA", **changes):
 
 @pytest.mark.parametrize(
     "name, count",
-    [("headlines", 2096), ("digits", 1797), ("tweets", 1200), ("speakers", 640)],
+    [("headlines", 2096), ("digits", 1797), ("tweets", 1200), ("speakers", 640), ("paraphrases", 2150)],
 )
 def test_no_test_example_is_trained_on_or_chosen_with(comparison, name, count):
     task = comparison.tasks.task(name)
@@ -150,7 +150,7 @@ class TestPlan:
             quick,
             ablated=quick.cells[0],
             loraplus=quick.cells[:1],
-            short=replace(quick.cells[0], steps=15),
+            short=(replace(quick.cells[0], steps=15),),
             judged=quick.cells[1:],
         )
         log = {}
@@ -209,13 +209,34 @@ class TestPlan:
             "ablations",
             "short",
             "mended",
-            "mended-tasks",
             "loraplus",
             "cost",
             "chosen",
         ]
         comparison.figures.write_figures(plan, log, tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"accuracies.png", "gains.png", "ablations.png"}
+
+    def test_the_changes_that_are_judged_are_the_best_of_the_trials(self, comparison, finished):
+        plan, _ = finished
+        names = list(comparison.ablations.SLOW_START)
+        plan = replace(plan, short=(plan.short[0], replace(plan.short[0], steps=16)))
+
+        def scored(best):
+            scores = [dict.fromkeys(names, 0.3) | scores for scores in best]
+            return {
+                run: {"accuracy": of_cell[name]}
+                for cell, of_cell in zip(plan.short, scores)
+                for name in names
+                for trial in plan.tuning(cell, "AdaDoRA", name)
+                for run in (trial, replace(trial, seed=comparison.plan.TUNING_SEEDS[1]))
+            }
+
+        assert plan.mends(scored([{names[1]: 0.8, names[2]: 0.7}, {names[2]: 0.7, names[3]: 0.75}])) == [
+            names[2],
+            names[1],
+            names[3],
+        ]
+        assert plan.mends(scored([{names[4]: 0.9}, {names[4]: 0.4}])) == [names[4]]
 
     def test_what_was_run_is_not_run_again(self, comparison, tmp_path):
         run = make_run(comparison, "LoRA", steps=1)
@@ -247,6 +268,18 @@ class TestPlan:
             assert len(rows) == len(tables[name].rows)
             for row in rows:
                 assert row in (guides / page).read_text().splitlines()
+
+    def test_the_table_of_the_front_page_is_part_of_those_of_the_docs(self, comparison):
+        def rows_of(page):
+            lines = (FOLDER.parents[1] / page).read_text().splitlines()
+            return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+
+        rows = rows_of("docs/source/developer_guides/adadora_comparison.md")
+        first, last = ([row for row in rows if len(row) == width] for width in (11, 5))
+        expected = [[f"{row[0]}, {row[1]}", row[3], *row[4:9], row[10]] for row in first]
+        expected += [[f"{row[0]}, {row[1]} rows", *[""] * 5, row[2], row[4]] for row in last]
+        table = [row for row in rows_of("README.md") if len(row) == 8 and row[1] != "rank"]
+        assert len(table) == 7 and all(row in expected for row in table)
 
 
 class TestAblations:
@@ -313,7 +346,9 @@ class TestAblations:
         assert [int(layer.ranknum["default"]) for layer in self.layers(training)] == kept
         assert len(set(kept)) > 1
 
-    @pytest.mark.parametrize("name", ["orthonormal start", "LoRA's start", "start along the gradient"])
+    @pytest.mark.parametrize(
+        "name", ["orthonormal start", "LoRA's start", "start along the gradient", "start along the weight"]
+    )
     def test_another_start_does_not_change_the_fresh_model(self, comparison, name):
         training = self.make(comparison, name)
         training.model.eval()
@@ -336,6 +371,14 @@ class TestAblations:
             along = layer.lora_B["default"].T @ gradient @ layer.lora_A["default"].T
             best = torch.linalg.svdvals(gradient)[: len(along)]
             torch.testing.assert_close(along.diagonal(), best, rtol=1e-2, atol=1e-3 * best[0].item())
+
+    def test_the_start_along_the_weight_is_where_it_is_largest(self, comparison):
+        training = self.make(comparison, "start along the weight")
+        for layer in self.layers(training):
+            weight = layer.get_base_layer().weight
+            along = layer.lora_B["default"].T @ weight @ layer.lora_A["default"].T
+            best = torch.linalg.svdvals(weight)[: len(along)]
+            torch.testing.assert_close(along, best.diag(), rtol=1e-3, atol=1e-3 * best[0].item())
 
     def test_together_has_what_each_has(self, comparison):
         training = self.make(comparison, "start along the gradient, learning rate of E · 10")

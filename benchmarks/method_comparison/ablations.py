@@ -144,6 +144,18 @@ class GradientStart(Ablation):
                 layer.lora_A[ADAPTER].copy_(right[:, :rank].T)
 
 
+class WeightStart(Ablation):
+    """B and A start along the directions of their rank in which the base weight is largest. E stays 0."""
+
+    @torch.no_grad()
+    def change(self, model: PeftModel) -> None:
+        for layer in layers(model):
+            left, _, right = torch.linalg.svd(layer.get_base_layer().weight, full_matrices=False)
+            rank = layer.r[ADAPTER]
+            layer.lora_B[ADAPTER].copy_(left[:, :rank])
+            layer.lora_A[ADAPTER].copy_(right[:rank])
+
+
 class Together(Ablation):
     """Ablations of which the last decides about the optimizer's groups."""
 
@@ -209,7 +221,10 @@ SLOW_START = {
     "start along the gradient": GradientStart(),
     "learning rate of E · 10": FASTER_E,
     "start along the gradient, learning rate of E · 10": Together(GradientStart(), FASTER_E),
+    "start along the gradient, no regularization": Together(GradientStart(), Regularization(NO_REGULARIZATION)),
+    "start along the weight": WeightStart(),
     "orthonormal start": OrthonormalStart(),
+    "LoRA's start": LoraStart(),
     "constant rank": ConstantRank(),
     "no regularization": Regularization(NO_REGULARIZATION),
 }

@@ -1,6 +1,6 @@
 """Compare LoRA, DoRA, AdaLoRA and AdaDoRA on real weights and data, and find out what makes the difference.
 
-    python benchmarks/method_comparison/compare.py              all runs, in about two hours on two cores
+    python benchmarks/method_comparison/compare.py              all runs, in about four hours on two cores
     python benchmarks/method_comparison/compare.py --quick      a few short runs, in about 6 minutes
     python benchmarks/method_comparison/compare.py --report benchmarks/method_comparison/runs.jsonl
 

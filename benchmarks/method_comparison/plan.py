@@ -72,15 +72,15 @@ class Plan:
         trials: Learning rate, scale and schedule of the trials that each method has in each cell.
         ablated: The cell of the ablations and of the comparison at equal numbers of parameters, if any.
         loraplus: The cells where the groups of LoRA+ are compared.
-        short: The cell with few steps, where the changes of `SLOW_START` are compared and one is chosen, if any.
-        judged: The cells where the chosen change is judged.
+        short: The cells with few steps, where the changes of `SLOW_START` are compared.
+        judged: The cells where the best of those changes are judged.
     """
 
     cells: tuple[Cell, ...]
     trials: tuple[tuple[float, float, str], ...]
     ablated: Optional[Cell] = None
     loraplus: tuple[Cell, ...] = ()
-    short: Optional[Cell] = None
+    short: tuple[Cell, ...] = ()
     judged: tuple[Cell, ...] = ()
 
     def tuning(self, cell: Cell, method: str, ablation: Optional[str] = None) -> list[Run]:
@@ -136,10 +136,15 @@ class Plan:
         run = best_of(log, self.loraplus_finalists(log, cell, name))[0] if name else self.chosen(log, cell, ADADORA)
         return tests(run, LORAPLUS_SEEDS)
 
-    def mend(self, log: Log) -> str:
-        """The change whose chosen settings are best in both of their runs with few steps."""
-        return max(
-            SLOW_START, key=lambda name: accuracy(log, best_of(log, self.finalists(log, self.short, ADADORA, name)))
+    def mends(self, log: Log) -> list[str]:
+        """The changes that do best with few steps: on average, and in each of those cells."""
+        scores = {
+            name: [accuracy(log, best_of(log, self.finalists(log, cell, ADADORA, name))) for cell in self.short]
+            for name in SLOW_START
+        }
+        best = max(scores, key=lambda name: sum(scores[name]))
+        return list(
+            dict.fromkeys([best, *(max(scores, key=lambda name: scores[name][i]) for i in range(len(self.short)))])
         )
 
     def choice(self, log: Log, cell: Cell, candidates: list[Candidate]) -> Iterator[list[Run]]:
@@ -164,11 +169,11 @@ class Plan:
                 yield from self.choice(log, cell, [(ADADORA, name) for name in TUNED])
                 yield [run for name in ABLATIONS for run in self.ablation(log, name)]
                 yield [run for method in (LORA, DORA) for run in self.equal_parameters(log, method)]
-        if self.short:
+        for cell in self.short:
             candidates = [(LORA, None), (ADADORA, None), *((ADADORA, name) for name in SLOW_START)]
-            yield from self.comparison(log, self.short, candidates)
+            yield from self.comparison(log, cell, candidates)
         for cell in self.judged:
-            yield from self.comparison(log, cell, [(ADADORA, self.mend(log))])
+            yield from self.comparison(log, cell, [(ADADORA, name) for name in self.mends(log)])
         for cell in self.loraplus:
             yield [run for name in LORAPLUS for run in self.loraplus_trials(log, cell, name)]
             yield [runs[1] for name in LORAPLUS for runs in self.loraplus_finalists(log, cell, name)]
@@ -178,9 +183,10 @@ class Plan:
 RANKS = (2, 4, 8)
 FEWEST = Cell("headlines", 50, steps=50, ranks=RANKS, seeds=5)
 ABLATED = Cell("headlines", 200, steps=100, ranks=RANKS, seeds=5)
-DIGITS = Cell("digits", 200, steps=100, ranks=(RANK,), seeds=5)
-TWEETS = Cell("tweets", 50, steps=50, ranks=RANKS, seeds=3)
-SPEAKERS = Cell("speakers", 50, steps=50, ranks=RANKS, seeds=3)
+DIGITS = Cell("digits", 200, steps=100, ranks=RANKS, seeds=5)
+TWEETS = Cell("tweets", 50, steps=50, ranks=RANKS, seeds=5)
+SPEAKERS = Cell("speakers", 50, steps=50, ranks=RANKS, seeds=5)
+PARAPHRASES = Cell("paraphrases", 200, steps=100, ranks=RANKS, seeds=3)
 FULL = Plan(
     cells=(
         FEWEST,
@@ -188,13 +194,19 @@ FULL = Plan(
         Cell("headlines", None, steps=120, ranks=RANKS, seeds=5),
         DIGITS,
         TWEETS,
+        Cell("tweets", None, steps=100, ranks=RANKS, seeds=3),
         SPEAKERS,
+        Cell("speakers", None, steps=100, ranks=RANKS, seeds=3),
+        PARAPHRASES,
     ),
     trials=TRIALS,
     ablated=ABLATED,
     loraplus=(FEWEST, DIGITS),
-    short=Cell("headlines", 50, steps=25, ranks=(RANK,), seeds=3),
-    judged=(TWEETS, SPEAKERS),
+    short=(
+        Cell("headlines", 50, steps=25, ranks=(RANK,), seeds=5),
+        Cell("digits", 200, steps=50, ranks=(RANK,), seeds=5),
+    ),
+    judged=(TWEETS, SPEAKERS, PARAPHRASES),
 )
 QUICK = Plan(
     cells=(

@@ -157,6 +157,7 @@ def short_rows(plan: Plan, log: Log, cell: Cell) -> list[dict[str, Any]]:
     runs = {name: plan.compared(log, cell, method, RANK, change) for name, (method, change) in candidates.items()}
     return [
         {
+            "task": cell.task,
             "changed": f"({name})" if name == LORA else name,
             **settings(tests[0]),
             "accuracy": mean_and_deviation(log, tests),
@@ -167,16 +168,12 @@ def short_rows(plan: Plan, log: Log, cell: Cell) -> list[dict[str, Any]]:
     ]
 
 
-def mended_row(plan: Plan, log: Log, cell: Cell, rank: int) -> dict[str, Any]:
-    change = plan.mend(log)
-    mended = plan.compared(log, cell, ADADORA, rank, change)
-    runs = {method: plan.compared(log, cell, method, rank) for method in METHODS}
-    return {
-        **labels(cell),
-        "rank": rank,
-        change: mean_and_deviation(log, mended),
-        **{f"− {method}": interval(difference(log, mended, runs[method])) for method in (ADADORA, DORA, LORA)},
+def mended_rows(plan: Plan, log: Log, change: str) -> list[dict[str, Any]]:
+    """What AdaDoRA with a change gains, over the tasks that the change was not chosen on."""
+    columns = {
+        f"− {name}": pairs(plan, log, plan.judged, (ADADORA, change), (name, None)) for name in (ADADORA, DORA, LORA)
     }
+    return [{"changed": change, **row} for row in summary_rows(log, columns)]
 
 
 def equal_parameters_rows(plan: Plan, log: Log) -> list[dict[str, Any]]:
@@ -311,37 +308,24 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             Table("ablations", "AdaDoRA with one thing changed", ablation_rows(plan, log), f"{where}, rank {RANK}."),
         ]
     if plan.short:
+        where = "; ".join(f"{cell.task}, {cell.examples} examples, {cell.steps} steps" for cell in plan.short)
         result.append(
             Table(
                 "short",
                 "AdaDoRA with one thing changed, in short training",
-                short_rows(plan, log, plan.short),
-                f"{plan.short.task}, {plan.short.examples} examples, {plan.short.steps} steps, rank {RANK}, "
-                f"{plan.short.seeds} seeds. Each has as many trials as a method has above.",
+                [row for cell in plan.short for row in short_rows(plan, log, cell)],
+                f"{where}. Rank {RANK}. Each change has as many trials as a method has above.",
             )
         )
     if plan.judged:
-        change = plan.mend(log)
-        mended = (ADADORA, change)
-        result += [
+        result.append(
             Table(
                 "mended",
-                f"AdaDoRA with {change}",
-                [mended_row(plan, log, cell, rank) for cell in plan.judged for rank in cell.ranks],
-                "The tasks had no part in its choice. Its settings have as many trials as those of a method.",
-            ),
-            Table(
-                "mended-tasks",
-                f"AdaDoRA with {change}, over tasks",
-                summary_rows(
-                    log,
-                    {
-                        f"− {name}": pairs(plan, log, plan.judged, mended, (name, None))
-                        for name in (ADADORA, DORA, LORA)
-                    },
-                ),
-            ),
-        ]
+                "The best changes on tasks that they were not chosen on",
+                [row for change in plan.mends(log) for row in mended_rows(plan, log, change)],
+                "The first was best on average above, the others in one of the tasks. Each has trials of its own.",
+            )
+        )
     if plan.loraplus:
         result.append(
             Table(
@@ -359,7 +343,7 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "chosen",
             "Settings chosen",
             [chosen_row(plan, log, cell, method) for cell in plan.cells for method in METHODS]
-            + [chosen_row(plan, log, cell, ADADORA, plan.mend(log)) for cell in plan.judged],
+            + [chosen_row(plan, log, cell, ADADORA, change) for cell in plan.judged for change in plan.mends(log)],
             f"Accuracy on the validation examples in per cent: of all trials at rank {RANK}, and of a second run of "
             "the best at the highest rank. The trials are learning rates of "
             f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, each with a scale of "

