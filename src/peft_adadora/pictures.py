@@ -36,7 +36,7 @@ PAGE = Template("""<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --page: black; --ink: white; } }
 body { max-width: 1100px; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif;
        background: var(--page); color: var(--ink); overflow-wrap: anywhere; }
-img { width: 100%; height: auto; margin: 1rem 0; }
+img { max-width: 100%; height: auto; margin: 1rem 0; }
 div { max-height: 32rem; overflow: auto; margin: 2rem 0; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid gray; text-align: right; white-space: nowrap; }
@@ -68,7 +68,8 @@ def figures(report: Report, dark: bool = False) -> dict[str, Figure]:
 def _ranks(report: Report) -> Figure:
     layers, names = (list(dict.fromkeys(parts)) for parts in zip(*(module.place for module in report.modules)))
     init_r = max(module.init_r for module in report.modules)
-    figure = Figure((WIDTH, 2 + 0.32 * len(names)), layout="constrained")
+    # no wider than needed, so that it can be read on a narrow screen
+    figure = Figure((min(WIDTH, 4 + 0.25 * len(layers)), 2 + 0.32 * len(names)), layout="constrained")
     figure.suptitle(f"Ranks kept, of {init_r}; cells without a color have no adapter")
     axes = figure.subplots()
     cells = numpy.full((len(names), len(layers)), numpy.nan)
