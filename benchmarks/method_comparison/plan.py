@@ -198,6 +198,7 @@ FULL = Plan(
         SPEAKERS,
         Cell("speakers", None, steps=100, ranks=RANKS, seeds=3),
         PARAPHRASES,
+        Cell("paraphrases", None, steps=100, ranks=RANKS, seeds=3),
     ),
     trials=TRIALS,
     ablated=ABLATED,
