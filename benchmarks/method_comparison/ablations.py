@@ -40,6 +40,14 @@ def layers(model: PeftModel) -> list[AdaLoraLayer]:
     return [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
 
 
+@torch.no_grad()
+def start_along(layer: AdaLoraLayer, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Let B and A of a layer start with the first of some directions: of `left` (out, n) and of `right` (n, in)."""
+    rank = layer.r[ADAPTER]
+    layer.lora_B[ADAPTER].copy_(left[:, :rank])
+    layer.lora_A[ADAPTER].copy_(right[:rank])
+
+
 class FixedMagnitude(Ablation):
     def change(self, model: PeftModel) -> None:
         for layer in layers(model):
@@ -137,11 +145,8 @@ class GradientStart(Ablation):
             gradients = torch.autograd.grad(model(**batch).loss, weights)
         for layer, weight, gradient in zip(layers(model), weights, gradients):
             weight.requires_grad_(False)
-            rank = layer.r[ADAPTER]
-            left, _, right = torch.svd_lowrank(gradient, q=rank + 4, niter=4)
-            with torch.no_grad():
-                layer.lora_B[ADAPTER].copy_(left[:, :rank])
-                layer.lora_A[ADAPTER].copy_(right[:, :rank].T)
+            left, _, right = torch.svd_lowrank(gradient, q=layer.r[ADAPTER] + 4, niter=4)
+            start_along(layer, left, right.T)
 
 
 class WeightStart(Ablation):
@@ -151,9 +156,7 @@ class WeightStart(Ablation):
     def change(self, model: PeftModel) -> None:
         for layer in layers(model):
             left, _, right = torch.linalg.svd(layer.get_base_layer().weight, full_matrices=False)
-            rank = layer.r[ADAPTER]
-            layer.lora_B[ADAPTER].copy_(left[:, :rank])
-            layer.lora_A[ADAPTER].copy_(right[:rank])
+            start_along(layer, left, right)
 
 
 class Together(Ablation):

@@ -138,14 +138,12 @@ class Plan:
 
     def mends(self, log: Log) -> list[str]:
         """The changes that do best with few steps: on average, and in each of those cells."""
-        scores = {
-            name: [accuracy(log, best_of(log, self.finalists(log, cell, ADADORA, name))) for cell in self.short]
-            for name in SLOW_START
-        }
-        best = max(scores, key=lambda name: sum(scores[name]))
-        return list(
-            dict.fromkeys([best, *(max(scores, key=lambda name: scores[name][i]) for i in range(len(self.short)))])
-        )
+        scores = [
+            {name: accuracy(log, best_of(log, self.finalists(log, cell, ADADORA, name))) for name in SLOW_START}
+            for cell in self.short
+        ]
+        total = {name: sum(of_cell[name] for of_cell in scores) for name in SLOW_START}
+        return list(dict.fromkeys(max(each, key=each.get) for each in (total, *scores)))
 
     def choice(self, log: Log, cell: Cell, candidates: list[Candidate]) -> Iterator[list[Run]]:
         """The runs that the settings of methods and their changes are chosen by."""

