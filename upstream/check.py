@@ -24,6 +24,7 @@ import tarfile
 import venv
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import series
@@ -200,6 +201,11 @@ def new_lines(tree: Path, before: Path) -> int:
     return sizes[0] - sizes[1]
 
 
+def print_row(cells: Iterable[object]) -> None:
+    """Print a row of a table when it is ready."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
 class Check:
     """What all patches need: PEFT as it is, the environment, and the outcomes of PEFT's tests without a patch."""
 
@@ -260,7 +266,7 @@ class Check:
             "",
             self.style(name, tree),
         ]
-        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+        print_row(row)
 
     def step(self, folder: Path) -> None:
         """One of the patches that build on those before."""
@@ -285,7 +291,7 @@ class Check:
         (tree / "no_waiting.py").write_text(NO_WAITING)
         options = ["-p", "no_waiting", "-o", "addopts=", "tests/test_custom_models.py", "-k", "AdaDoRA"]
         row += [self.must_pass(name, run_tests(self.python, tree, tree, options)), self.style(name, tree)]
-        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+        print_row(row)
 
 
 def report_newer_release(folder: Path, pinned: Path) -> None:

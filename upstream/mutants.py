@@ -211,10 +211,7 @@ def main() -> int:
     for mutant in MUTANTS:
         catchers = [catcher_of(mutant, python, source, folder) for python, source in forms.values()]
         survived += catchers.count(None)
-        print(
-            f"| {mutant.name} | " + " | ".join(f"`{each}`" if each else "SURVIVED" for each in catchers) + " |",
-            flush=True,
-        )
+        check.print_row([mutant.name, *(f"`{each}`" if each else "SURVIVED" for each in catchers)])
     return 1 if survived else 0
 
 

@@ -84,9 +84,9 @@ def take_back(tree: Path, folder: Path) -> None:
     for name in step.get("files", ()):
         (tree / ADALORA / name).unlink()
     changed = []
-    for name, definitions in step.get("adds", {}).items():
+    for name, added in step.get("adds", {}).items():
         path = tree / ADALORA / name
-        path.write_text(without_definitions(path.read_text(), definitions))
+        path.write_text(without_definitions(path.read_text(), added))
         changed.append(path)
     tidy(changed)
     if (folder / "ours.patch").exists():
