@@ -34,7 +34,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from .rows import Rows, full_precision, norm_dtype, row_blocks, rows_times, squared_row_norm
+from .rows import Rows, full_precision, matmul_rows, norm_dtype, row_blocks, row_norm
 
 
 # A squared row norm below this has lost its precision to underflow: the row counts as zero.
@@ -42,11 +42,7 @@ ZERO_ROW = 1e-30
 
 
 def squared_adapted_row_norm(
-    weight: torch.Tensor | Rows,
-    lora_A: torch.Tensor,
-    scaled_E: torch.Tensor,
-    lora_B: torch.Tensor,
-    squared_base_norm: Optional[torch.Tensor] = None,
+    weight: torch.Tensor | Rows, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor
 ) -> torch.Tensor:
     """n² = ‖W + ΔW‖² of each row, (out, 1), from the factors of ΔW, without making it.
 
@@ -63,17 +59,15 @@ def squared_adapted_row_norm(
     Args:
         weight (`torch.Tensor` or [`Rows`]): W (out, in), detached.
         lora_A, scaled_E, lora_B (`torch.Tensor`): A (r, in), c · E (r, 1) and B (out, r).
-        squared_base_norm (`torch.Tensor`, *optional*): ‖W‖² (out, 1), computed if it is not given.
     """
     dtype = norm_dtype(weight.dtype)
-    if squared_base_norm is None:
-        squared_base_norm = squared_row_norm(weight)
     with full_precision(weight.device):
-        # `no_grad` would stop neither forward-mode derivatives nor those of torch.func, `detach` stops all
+        # `detach` stops every derivative; `no_grad` stops neither forward mode nor torch.func
         right = lora_A.detach().to(dtype) * scaled_E.detach().to(dtype)
         left = lora_B.detach().to(dtype)
-        inner = torch.addmm(rows_times(weight, right), left, right @ right.T, beta=2)
-        squared_norm = torch.baddbmm(squared_base_norm[..., None], inner[:, None], left[..., None])
+        product, base_norm = matmul_rows(weight, right)
+        inner = torch.addmm(product, left, right @ right.T, beta=2)
+        squared_norm = torch.baddbmm(base_norm.square()[..., None], inner[:, None], left[..., None])
     return squared_norm.squeeze(-1).clamp_min(0)
 
 
@@ -112,13 +106,11 @@ def adapted_output(
         projected (`torch.Tensor`): c E ⊙ A x (..., r).
         scaled_B (`torch.Tensor`): (m / n) ⊙ B (out, r).
     """
-    rows = scale_output(torch.atleast_2d(output).flatten(0, -2), scale, bias)
-    projected = torch.atleast_2d(projected).flatten(0, -2)
-    if rows.dtype == projected.dtype == scaled_B.dtype:
-        rows.addmm_(projected, scaled_B.T)  # made here, and not yet seen by anybody
-    else:
-        rows = rows + projected @ scaled_B.to(projected.dtype).T
-    return rows.view(output.shape)
+    scaled = scale_output(output, scale, bias)
+    if not scaled.dtype == projected.dtype == scaled_B.dtype:
+        return scaled + projected @ scaled_B.to(projected.dtype).T
+    scaled, projected = (torch.atleast_2d(tensor).flatten(0, -2) for tensor in (scaled, projected))
+    return torch.addmm(scaled, projected, scaled_B.T).view(output.shape)
 
 
 @torch.no_grad()
@@ -139,5 +131,5 @@ def merged_rows(
     for rows in row_blocks(weight):
         with full_precision(weight.device):
             adapted = weight[rows].to(dtype) + lora_B[rows].to(dtype) @ right
-        scale = magnitude_scale(magnitude[rows], squared_row_norm(adapted))
+        scale = magnitude_scale(magnitude[rows], row_norm(adapted).square())
         yield rows, (adapted * scale).to(weight.dtype)

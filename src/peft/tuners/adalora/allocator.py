@@ -12,51 +12,58 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""AdaLoRA's rank allocator by exact names, with all scores of a step at once, and a state that can be saved."""
+"""AdaLoRA's rank allocator with exact adapter names, batched scores, and a state that can be saved."""
 
 import warnings
-from collections.abc import Hashable
-from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Optional
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from . import stock_layer as stock
-from .names import FACTORS, adapted_layers, layer_of_E
-from .sharding import check_not_flattened, copy_whole_, has_master_copy, is_sharded, whole, whole_shape
+from .parameter_names import FACTORS, adapted_layers, layer_of_E
+from .sharding import (
+    GradientCapture,
+    check_not_flattened,
+    copy_full_,
+    full_shape,
+    gather_full,
+    has_master_copy,
+    is_sharded,
+)
 
 
-# so many forward passes in training without an allocation are no accident
+# Warn after this many training forwards without an allocation.
 FORWARDS_UNTIL_WARNING = 200
 
-
-# what schedule-free optimizers, and averaging ones, call the other weights that they keep of a parameter
+# The names of further weights of a parameter in the state of schedule-free and averaging optimizers.
 OTHER_WEIGHTS = ("x", "y", "z", "ax")
+
+# The averages of the importance, which allocation goes on from.
+AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
 class RankAllocator(stock.RankAllocator):
     """
-    PEFT's rank allocator, which decides the ranks from the importance of A, E and B but not of the magnitudes.
+    PEFT's rank allocator, which decides the ranks from the importance of A, E and B. Magnitudes take no part.
 
-    Scores and ranks are PEFT's, bit for bit. The adapter is told by its exact name. Where the parameters are sharded
-    (DTensor), the importance is that of the whole ones, the same on every process.
+    Scores and ranks are PEFT's, bit for bit. The adapter is told by its exact name. The importance of sharded
+    parameters (DTensor) is the importance of the full ones, the same on every process.
+
+    `kept` is the rank pattern that the final phase masks with: the one of the last allocation, or of the weights that
+    were loaded since. It is `None` before pruning begins.
     """
 
-    # whether a step has been asked for
-    has_started = False
-
-    def reset_ipt(self) -> None:
-        super().reset_ipt()
-        self._flat_scores = {}
+    kept: Optional[dict[str, list[bool]]] = None
+    _gradients: Optional[GradientCapture] = None
+    _forwards = 0
 
     def count_forward(self) -> None:
         """Count a forward pass in training, and warn once if there are many without an allocation."""
-        if torch.compiler.is_compiling() or self.exp_avg_ipt or self.peft_config.rank_pattern:
+        if torch.compiler.is_compiling() or self.exp_avg_ipt or self.kept:
             return
-        self._forwards = getattr(self, "_forwards", 0) + 1
+        self._forwards += 1
         if self._forwards == FORWARDS_UNTIL_WARNING:
             warnings.warn(
                 "AdaLoRA has trained for a while without an allocation, so no rank will be pruned; pass "
@@ -78,20 +85,19 @@ class RankAllocator(stock.RankAllocator):
     def _set_budget_scheduler(self, model: nn.Module) -> None:
         layers = adapted_layers(model, self.adapter_name)
         self.name_set = sorted(f"{name}.%s.{self.adapter_name}" for name in layers)
-        self.init_bgt = sum(whole_shape(layer.lora_A[self.adapter_name])[0] for layer in layers.values())
+        self.init_bgt = sum(full_shape(layer.lora_A[self.adapter_name])[0] for layer in layers.values())
         self.target_bgt = self.peft_config.target_r * len(layers)
 
     @torch.no_grad()
     def update_ipt(self, model: nn.Module) -> None:
         """
-        Update the sensitivity and the uncertainty of every entry of A, E and B. The scores are PEFT's, bit for bit,
-        but all parameters of a device and dtype are updated at once. A parameter without a gradient counts as one of
-        gradient zero.
+        Update the averages of the sensitivity and the uncertainty of every entry of A, E and B. A parameter without a
+        gradient has a gradient of zero. A step whose gradients are not all finite, such as one that a gradient scaler
+        skips, changes nothing.
 
         Raises:
             `ValueError`: If no parameter has a gradient; nothing has changed then.
         """
-        groups = {}
         params = self._factors(model)
         gradients = {name: self._gradient(name, param) for name, param in params.items()}
         if all(gradient is None for gradient in gradients.values()):
@@ -99,52 +105,47 @@ class RankAllocator(stock.RankAllocator):
                 f"No factor of the adapter {self.adapter_name!r} has a gradient, so its ranks cannot be compared; "
                 "call `update_and_allocate(step)` after `optimizer.step()` and before `optimizer.zero_grad()`."
             )
-        self.__dict__.get("_captured", {}).clear()
+        if self._gradients is not None:
+            self._gradients.sums.clear()
+        groups = {}
         for name, param in params.items():
-            groups.setdefault((param.device, param.dtype, is_sharded(param)), {})[name] = param
-        for group, params in groups.items():
-            ipt, exp_avg_ipt, exp_avg_unc = self._scores_of(group, params)
-            missing = {name: torch.zeros_like(param) for name, param in params.items() if gradients[name] is None}
-            gradients.update(missing)
-            if group[-1]:
-                products = [param * gradients[name] for name, param in params.items()]
-                torch.cat([product.full_tensor().reshape(-1) for product in products], out=ipt).abs_()
-                change = torch.empty_like(ipt)
-            else:
-                change = torch.cat([gradients[name].reshape(-1) for name in params])
-                torch.cat([whole(param).reshape(-1) for param in params.values()], out=ipt).mul_(change).abs_()
-            # each product and each sum is rounded by itself, as in PEFT: `add` with `alpha` would fuse the two
-            torch.mul(ipt, 1 - self.beta1, out=change)
-            exp_avg_ipt.mul_(self.beta1).add_(change)
-            torch.sub(ipt, exp_avg_ipt, out=change).abs_().mul_(1 - self.beta2)
-            exp_avg_unc.mul_(self.beta2).add_(change)
+            groups.setdefault((param.device, param.dtype, is_sharded(param)), []).append(name)
+        importance = {}
+        for (*_, sharded), names in groups.items():
+            factors = [params[name].detach() for name in names]
+            of_factors = [
+                torch.zeros_like(factor) if gradients[name] is None else gradients[name]
+                for name, factor in zip(names, factors)
+            ]
+            products = torch._foreach_mul(factors, of_factors)
+            products = [product.full_tensor() for product in products] if sharded else products
+            torch._foreach_abs_(products)
+            importance[tuple(names)] = products
+        largest = [norm for values in importance.values() for norm in _largest(values)]
+        if largest and not torch.stack([norm.to(largest[0]) for norm in largest]).isfinite().all():
+            return
+        for names, values in importance.items():
+            self._update_averages(names, values)
 
-    def _scores_of(self, group: Hashable, params: dict[str, nn.Parameter]) -> list[torch.Tensor]:
-        """The three scores of some parameters, each as one flat tensor of which PEFT's dicts hold views."""
-        flat_scores, views = self._flat_scores.get(group, ([], {}))
-        scores = (self.ipt, self.exp_avg_ipt, self.exp_avg_unc)
-        current = [score.get(name) for score in scores for name in params]
-        if len(current) != len(views) or any(id(score) not in views for score in current):
-            flat_scores, views = [], {}
-            shapes = {name: whole_shape(param) for name, param in params.items()}
-            for score in scores:
-                old = [score.get(name, torch.zeros(shape)) for name, shape in shapes.items()]
-                flat_scores.append(torch.cat([tensor.reshape(-1).to(*group[:2]) for tensor in old]))
-                pieces = flat_scores[-1].split([shape.numel() for shape in shapes.values()])
-                score.update({name: piece.view(shapes[name]) for name, piece in zip(params, pieces)})
-                views.update({id(score[name]): score[name] for name in params})
-            self._flat_scores[group] = flat_scores, views
-        return flat_scores
+    def _update_averages(self, names: tuple[str, ...], importance: list[torch.Tensor]) -> None:
+        """Take the importance of some parameters into their averages."""
+        for name, values in zip(names, importance):
+            if name not in self.exp_avg_ipt:
+                self.exp_avg_ipt[name], self.exp_avg_unc[name] = torch.zeros_like(values), torch.zeros_like(values)
+        self.ipt.update(zip(names, importance))
+        averages, uncertainties = ([score[name] for name in names] for score in (self.exp_avg_ipt, self.exp_avg_unc))
+        # a multiplication and an addition each, so that they round as PEFT's do: `lerp` would fuse them
+        torch._foreach_mul_(averages, self.beta1)
+        torch._foreach_add_(averages, torch._foreach_mul(importance, 1 - self.beta1))
+        change = torch._foreach_sub(importance, averages)
+        torch._foreach_abs_(change)
+        torch._foreach_mul_(change, 1 - self.beta2)
+        torch._foreach_mul_(uncertainties, self.beta2)
+        torch._foreach_add_(uncertainties, change)
 
-    def _gradient(self, name: str, param: nn.Parameter) -> torch.Tensor | None:
-        captured = self.__dict__.get("_captured", {})
-        if name in captured:
-            # of this process, as backward passes leave it
-            gradient = captured[name]
-            if dist.is_initialized():
-                dist.all_reduce(gradient)
-                gradient /= dist.get_world_size()
-            return gradient
+    def _gradient(self, name: str, param: nn.Parameter) -> Optional[torch.Tensor]:
+        if self._gradients is not None and name in self._gradients.sums:
+            return self._gradients.mean_over_processes(name)
         if has_master_copy(param):
             raise ValueError(
                 "DeepSpeed clears gradients before the rank allocator can see them; pass `AdaLoraCallback()` to the "
@@ -154,46 +155,40 @@ class RankAllocator(stock.RankAllocator):
 
     def capture_gradients(self, model: nn.Module) -> None:
         """
-        Keep the sums of the gradients of backward passes for the next `update_ipt`. To be called once before training
-        with DeepSpeed, which steps, and clears the gradients, as part of a backward pass.
+        Sum up the gradients of backward passes for the next `update_ipt`. Call this once before training with
+        DeepSpeed, which steps and clears the gradients within a backward pass.
         """
-        for handle in self.__dict__.get("_handles", ()):
-            handle.remove()
-        self._captured, self._handles = {}, []
-        for name, param in self._factors(model).items():
-            if param.requires_grad:
-                self._handles.append(param.register_hook(partial(self._add_gradient, name)))
+        if self._gradients is not None:
+            self._gradients.remove()
+        self._gradients = GradientCapture(self._factors(model))
 
-    def _add_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        if name in self._captured:
-            self._captured[name] += gradient
-        else:
-            self._captured[name] = gradient.detach().clone()
-
-    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+    def mask_to_budget(self, model: nn.Module, budget: int) -> Optional[dict[str, list[bool]]]:
         """
         Set the singular values of the least important triplets to zero.
 
         Args:
-            model (`nn.Module`): The model whose adapter it is.
-            budget (`int`): How many triplets are kept in all layers together.
+            model (`nn.Module`): The model of the adapter.
+            budget (`int`): The number of triplets to keep in all layers together.
 
         Returns:
-            `dict[str, list[bool]]`: Which triplets are kept, by the name of each `lora_E` in the model.
+            `dict[str, list[bool]]`, *optional*: The kept triplets, by the name of each `lora_E` in the model. `None`
+            if there are no scores, because no gradient has been finite yet; nothing is masked then.
         """
+        if not self.exp_avg_ipt:
+            return None
         scores = self._triplet_scores()
         pruned = self.init_bgt - budget
         threshold = scores.kthvalue(pruned)[0] if pruned else -torch.inf
         ranks = [len(self.exp_avg_ipt[name % "lora_E"]) for name in self.name_set]
         kept = iter((~(scores <= threshold)).tolist())
-        rank_pattern = {name % "lora_E": list(islice(kept, rank)) for name, rank in zip(self.name_set, ranks)}
-        self.mask_using_rank_pattern(model, rank_pattern)
-        return rank_pattern
+        self.kept = {name % "lora_E": list(islice(kept, rank)) for name, rank in zip(self.name_set, ranks)}
+        self.mask_using_rank_pattern(model, self.kept)
+        return self.kept
 
     def _triplet_scores(self) -> torch.Tensor:
         """
-        The importance of all triplets, one layer of `name_set` after the other. As PEFT's, it is that of the singular
-        value and the mean of those of the two vectors; the means of parameters of equal shape are taken at once.
+        The importance of all triplets, one layer of `name_set` after the other: the importance of the singular value
+        plus the mean importance of each vector's elements. Parameters of equal shape are averaged at once.
         """
         scores = []
         for part, dim in (("lora_E", 1), ("lora_A", 1), ("lora_B", 0)):
@@ -202,10 +197,7 @@ class RankAllocator(stock.RankAllocator):
                 score = self.exp_avg_ipt[name % part]
                 groups.setdefault((score.shape, score.dtype, score.device), []).append(name)
             for names in groups.values():
-                ipt, unc = (
-                    torch.stack([score[name % part] for name in names])
-                    for score in (self.exp_avg_ipt, self.exp_avg_unc)
-                )
+                ipt, unc = (torch.stack([getattr(self, kind)[name % part] for name in names]) for kind in AVERAGES)
                 means.update(zip(names, ipt.mul_(unc).mean(dim=1 + dim)))
             scores.append(torch.cat([means[name] for name in self.name_set]))
         score_of_E, score_of_A, score_of_B = scores
@@ -220,7 +212,7 @@ class RankAllocator(stock.RankAllocator):
             lora_E = layers[layer_of_E(key, self.adapter_name)].lora_E[self.adapter_name]
             mask = torch.as_tensor(kept).bool().view(-1, 1)
             if is_sharded(lora_E) or has_master_copy(lora_E):
-                copy_whole_(lora_E, whole(lora_E).masked_fill(~mask.to(lora_E.device), 0.0))
+                copy_full_(lora_E, gather_full(lora_E).masked_fill(~mask.to(lora_E.device), 0.0))
             else:
                 groups.setdefault((lora_E.device, lora_E.dtype), []).append((lora_E, mask))
         for (device, _), params in groups.items():
@@ -231,8 +223,8 @@ class RankAllocator(stock.RankAllocator):
     @torch.no_grad()
     def mask_other_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """
-        Set what is zero of E to zero as well in the other weights that a schedule-free or averaging optimizer keeps,
-        or a pruned singular value would come back with them. Returns whether the optimizer keeps any.
+        Set pruned entries of E to zero in the further weights of a schedule-free or averaging optimizer too, or they
+        would come back with those. Returns whether the optimizer has any.
         """
         if not any(name in state for state in optimizer.state.values() for name in OTHER_WEIGHTS):
             return False
@@ -246,50 +238,55 @@ class RankAllocator(stock.RankAllocator):
                     found = True
         return found
 
-    def _full_names(self, rank_pattern: dict[str, Any]) -> dict[str, Any]:
-        """The rank pattern by the names of `lora_E` in the model; saving an adapter drops its name from them."""
-        adapter_name = self.adapter_name
-        return {f"{layer_of_E(key, adapter_name)}.lora_E.{adapter_name}": kept for key, kept in rank_pattern.items()}
+    def read_kept(self, model: nn.Module) -> None:
+        """Take the kept triplets from E, after weights have been loaded."""
+        self.kept = None
+        layers = adapted_layers(model, self.adapter_name)
+        values = {
+            f"{name}.lora_E.{self.adapter_name}": layer.lora_E[self.adapter_name] for name, layer in layers.items()
+        }
+        if not any(lora_E.is_meta for lora_E in values.values()):
+            self.kept = kept_triplets({name: gather_full(lora_E) for name, lora_E in values.items()})
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
-        What allocation goes on from: copies of the averages of the importance, by `exp_avg_ipt.<name>` and
-        `exp_avg_unc.<name>` for each A, E and B, and which triplets are kept, by `rank_pattern.<name>` for each E,
-        bool of shape (r,). The names are those of the parameters in the model.
+        Copies of the averages of the importance, by `exp_avg_ipt.<name>` and `exp_avg_unc.<name>` for each A, E and B,
+        with their names in the model. Which triplets are kept is told by the weights of the adapter.
 
-        With it the allocator can be registered with accelerate, `accelerator.register_for_checkpointing(allocator)`.
+        With it the allocator can be registered with accelerate: `accelerator.register_for_checkpointing(allocator)`.
         """
-        state = {}
-        for kind in ("exp_avg_ipt", "exp_avg_unc"):
-            state.update({f"{kind}.{name}": score.clone() for name, score in getattr(self, kind).items()})
-        for name, mask in self._full_names(self.peft_config.rank_pattern or {}).items():
-            state[f"rank_pattern.{name}"] = torch.as_tensor(mask).view(-1).clone()
-        return state
+        return {f"{kind}.{name}": score.clone() for kind in AVERAGES for name, score in getattr(self, kind).items()}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """
-        Go on from where the allocator that gave `state_dict` was.
+        Go on from the averages of another allocator's `state_dict`.
 
         Raises:
             `ValueError`: If it is the state of another adapter or model; nothing has changed then.
         """
-        parts = {kind: {} for kind in ("exp_avg_ipt", "exp_avg_unc", "rank_pattern")}
-        known = {name % part for name in self.name_set for part in FACTORS}
-        for key, value in state_dict.items():
-            kind, _, name = key.partition(".")
-            if kind not in parts or name not in known:
-                raise ValueError(f"{key!r} does not belong to the adapter {self.adapter_name!r} of this model.")
-            parts[kind][name] = value
-        # all or nothing
-        for kind, names in (
-            ("exp_avg_ipt", known),
-            ("exp_avg_unc", known),
-            ("rank_pattern", {name % "lora_E" for name in self.name_set}),
-        ):
-            if parts[kind] and parts[kind].keys() != names:
-                raise ValueError(f"{kind}.{min(names - parts[kind].keys())} is missing from the allocator's state.")
+        expected = {f"{kind}.{name % part}" for kind in AVERAGES for name in self.name_set for part in FACTORS}
+        for key in sorted(state_dict.keys() - expected):
+            raise ValueError(f"{key!r} does not belong to the adapter {self.adapter_name!r} of this model.")
+        for key in sorted(expected - state_dict.keys()) if state_dict else ():
+            raise ValueError(f"{key} is missing from the allocator's state.")
         self.reset_ipt()
-        self.exp_avg_ipt.update({name: score.clone() for name, score in parts["exp_avg_ipt"].items()})
-        self.exp_avg_unc.update({name: score.clone() for name, score in parts["exp_avg_unc"].items()})
-        masks = {name: mask.tolist() for name, mask in parts["rank_pattern"].items()}
-        self.peft_config.rank_pattern = masks or None
+        for key, score in state_dict.items():
+            kind, _, name = key.partition(".")
+            getattr(self, kind)[name] = score.clone()
+
+
+def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The largest absolute value of each tensor that has elements; NaN if one is NaN."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    return list(torch._foreach_norm(tensors, torch.inf)) if tensors else []
+
+
+def kept_triplets(values_of_E: dict[str, torch.Tensor]) -> Optional[dict[str, list[bool]]]:
+    """
+    The triplets of each layer whose singular value is not exactly 0, by the keys of `values_of_E`, tensors (r, 1).
+
+    `None` if pruning has not begun, which shows in a layer that has lost some of its triplets: a layer that has got no
+    gradient yet, such as an expert without tokens, has only zeros.
+    """
+    kept = {key: (values != 0).view(-1).tolist() for key, values in values_of_E.items()}
+    return kept if any(any(mask) and not all(mask) for mask in kept.values()) else None

@@ -22,12 +22,12 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .rows import Rows, squared_row_norm
-from .sharding import whole
+from .rows import Rows, row_norm
+from .sharding import gather_full
 
 
-def here(base_layer: nn.Module) -> AbstractContextManager:
-    """A context in which a weight is on its device that accelerate keeps in CPU memory or on disk between uses."""
+def onloaded(base_layer: nn.Module) -> AbstractContextManager:
+    """A context in which a weight that accelerate offloads, to CPU memory or disk, is on its device."""
     is_elsewhere = has_offloaded_params(base_layer) and base_layer.weight.is_meta
     return align_module_device(base_layer) if is_elsewhere else nullcontext()
 
@@ -40,28 +40,28 @@ def has_computed_weight(module: nn.Module) -> bool:
 
 
 def base_rows(layer: nn.Module) -> torch.Tensor | Rows:
-    """W as a matrix (out, in), detached; what gives its rows block by block if the weight is quantized."""
+    """W as a matrix (out, in), detached. If the weight is quantized, an object that gives its rows block by block."""
     base_layer, backend = layer.get_base_layer(), layer.quantization_backend
     if backend is not None:
         return getattr(backend, "get_base_rows", backend.get_base_weight)(base_layer)
-    weight: Any = whole(base_layer.weight)
+    weight: Any = gather_full(base_layer.weight)
     return weight.T if isinstance(base_layer, Conv1D) else weight.flatten(1)
 
 
 @torch.no_grad()
 def base_row_norm(layer: nn.Module) -> torch.Tensor:
-    """‖W‖ of shape (out, 1), without what plain AdaLoRA adapters have merged into W."""
-    with here(layer.get_base_layer()):
+    """‖W‖ of shape (out, 1), leaving out the plain AdaLoRA adapters that are merged into W."""
+    with onloaded(layer.get_base_layer()):
         rows = base_rows(layer)
         for adapter_name in layer.merged_adapters:
             if adapter_name not in layer.lora_magnitude:
                 lora_A, scaled_E, lora_B = layer.update_factors(adapter_name)
                 rows = rows - lora_B @ (lora_A * scaled_E)
-        return squared_row_norm(rows).sqrt()
+        return row_norm(rows)
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor:
     """The weight itself if it is a plain tensor, or else its values: dequantized, and from all processes."""
     if layer.quantization_backend is not None:
         return layer.get_base_weight()
-    return whole(layer.get_base_layer().weight)
+    return gather_full(layer.get_base_layer().weight)

@@ -30,8 +30,8 @@ if is_bnb_available():
         """PEFT's 8-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            adapter_name = self.variant_adapter()
-            return super().forward(x) if adapter_name is None else self.forward_variant(adapter_name, x)
+            adapter_name = self.adadora_adapter_in_use()
+            return super().forward(x) if adapter_name is None else self.forward_adadora(adapter_name, x)
 
 
 if is_bnb_4bit_available():
@@ -40,7 +40,7 @@ if is_bnb_4bit_available():
         """PEFT's 4-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            adapter_name = self.variant_adapter()
+            adapter_name = self.adadora_adapter_in_use()
             if adapter_name is None:
                 return super().forward(x, *args, **kwargs)
-            return self.forward_variant(adapter_name, x, *args, **kwargs)
+            return self.forward_adadora(adapter_name, x, *args, **kwargs)

@@ -37,9 +37,9 @@ from .base_weight import base_row_norm
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer
 from .model import AdaLoraModel
-from .names import DIM_OF_RANK, WEIGHTS, adapted_layers, key_of_E
-from .options import check_unpruned
-from .sharding import FSDP1_MESSAGE, copy_whole_, whole, whole_shape
+from .parameter_names import DIM_OF_RANK, WEIGHTS, adapted_layers, key_of_E
+from .sharding import FSDP1_MESSAGE, copy_full_, full_shape, gather_full
+from .validation import check_unpruned
 
 
 try:
@@ -302,7 +302,7 @@ def _rank_pattern(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.Ten
     return {
         name: state.get(
             f"rank_pattern.{name}.lora_E.{adapter_name}",
-            torch.ones(whole_shape(layer.lora_E[adapter_name])[0], dtype=torch.bool),
+            torch.ones(full_shape(layer.lora_E[adapter_name])[0], dtype=torch.bool),
         )
         for name, layer in _layers(tuner).items()
     }
@@ -311,7 +311,7 @@ def _rank_pattern(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.Ten
 def _training_state(tuner: AdaLoraModel | _InjectedAdaLora) -> dict[str, torch.Tensor]:
     """The unpruned adapter and the state of the allocator, all that a checkpoint of a pruned adapter lacks."""
     state = tuner.rankallocator.state_dict()
-    state.update({f"param.{name}": whole(param) for name, param in _adapter_params(tuner).items()})
+    state.update({f"param.{name}": gather_full(param) for name, param in _adapter_params(tuner).items()})
     return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
@@ -371,11 +371,11 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
             name = f"{layer_name}.{part}.{adapter_name}"
             if name not in params:
                 continue
-            expected, loaded = saved[name], whole(params[name]).to(saved[name].device)
+            expected, loaded = saved[name], gather_full(params[name]).to(saved[name].device)
             if dim is not None and not torch.equal(expected, loaded):  # FSDP2 loads what has not been pruned
                 expected = expected.index_select(dim, kept.nonzero().view(-1))
                 loaded = loaded.narrow(dim, 0, min(expected.shape[dim], loaded.shape[dim]))
-            if saved[name].shape != whole_shape(params[name]) or not torch.equal(expected, loaded):
+            if saved[name].shape != full_shape(params[name]) or not torch.equal(expected, loaded):
                 raise ValueError(
                     f"{name!r} in {path} is not what has been loaded into the model; one of the files of the "
                     "checkpoint is broken, or from another run."
@@ -385,7 +385,7 @@ def _restore(tuner: AdaLoraModel | _InjectedAdaLora, paths: list[str]) -> None:
     except ValueError as error:
         raise ValueError(f"{path} does not fit the model: {error}") from error
     for name, param in params.items():
-        copy_whole_(param, saved[name])
+        copy_full_(param, saved[name])
 
 
 @torch.no_grad()
@@ -414,7 +414,7 @@ def magnitude_drift(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:
     By how much of its initial value each magnitude has changed, of shape (rows whose base weight is not zero,).
     """
     norm = base_row_norm(layer)
-    change = (whole(layer.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm
+    change = (gather_full(layer.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm
     return change[norm > 0]
 
 

@@ -37,10 +37,9 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.
     """
 
-    # No fields, so that they are not saved. With weights to come, which may be refused:
-    was_loaded = False
-    # of the weights that were last taken from the model: those that the last allocation has pruned may live again
-    saved_rank_pattern = None
+    # No field, so not saved. `AdaLoraCallback` sets it while the Trainer may write a checkpoint: pruned triplets are
+    # saved too, as zeros.
+    saves_all_ranks = False
 
     use_dora_adaptive: bool = field(
         default=False,
@@ -51,7 +50,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         },
     )
 
-    # a checksum that adapters of the first release have; not looked at, and not saved again
+    # adapters of the first release have it; it is neither read nor saved again
     weights_sha256: InitVar[Optional[str]] = None
 
     def __post_init__(self, weights_sha256: Optional[str]):
@@ -67,15 +66,8 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         """
         The configuration as a dictionary, as it is saved.
 
-        That of AdaDoRA says `use_dora`, too, so that a PEFT without AdaDoRA refuses to load the adapter, as do
-        programs that know no DoRA, instead of using it without its magnitudes.
+        AdaDoRA's also says `use_dora`, so that programs without AdaDoRA refuse the adapter instead of using it without
+        its magnitudes.
         """
         saved = {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
-        return saved if self.saved_rank_pattern is None else {**saved, "rank_pattern": self.saved_rank_pattern}
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "AdaLoraConfig":
-        """PEFT's `from_pretrained`, as the functions that load an adapter call it."""
-        config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config.was_loaded = True
-        return config
+        return {**saved, "rank_pattern": None} if self.saves_all_ranks else saved

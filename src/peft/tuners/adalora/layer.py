@@ -12,11 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""PEFT's AdaLoRA layers with a place for magnitudes, and with AdaDoRA as their variant."""
+"""PEFT's AdaLoRA layers with a magnitude for each AdaDoRA adapter, and with AdaDoRA as their variant."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -26,14 +24,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import stock_layer as stock
 from .allocator import RankAllocator
-from .base_weight import here
+from .base_weight import onloaded
+from .cache import invalidate
 from .config import AdaLoraConfig
-from .kept import Kept
 from .merging import adapter_to_merge, merge_adapter
-from .options import check_only_adapter
 from .quantized import resolve_backend
 from .rows import norm_dtype
-from .targets import check_magnitude_support
+from .supported_layers import check_magnitude_support
+from .validation import check_sole_adapter
 from .variants import AdaDoraConv2dVariant, AdaDoraLinearVariant
 
 
@@ -43,17 +41,15 @@ __all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
 
 class _WithDict:
     """
-    In front of PEFT's classes it gives a layer the memory layout of any `nn.Module`, so that FSDP2's `fully_shard` can
-    change its class. `abc.ABC`, which PEFT's layers begin with, has another one.
+    Gives a layer the memory layout of any `nn.Module`, so that FSDP2's `fully_shard` can change its class. The layout
+    of `abc.ABC`, the first base of PEFT's layers, is another one.
     """
 
 
 class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
-    """PEFT's AdaLoRA layer with magnitudes: `lora_magnitude`, one of shape (out, 1) for each AdaDoRA adapter."""
+    """PEFT's AdaLoRA layer with magnitudes: `lora_magnitude` holds one of shape (out, 1) for each AdaDoRA adapter."""
 
     adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
-    # whether an optimizer may hold the adapters, so that loading weights must not change their shapes
-    keeps_shapes = False
 
     @property
     def use_dora_adaptive(self) -> bool:
@@ -66,42 +62,35 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:
         if not hasattr(self, "lora_magnitude"):
-            # the constructors of PEFT's layers call the __init__ of PEFT's AdaLoraLayer, but all of them come here
+            # here and not in `__init__`, because the constructors of PEFT's layers call that of PEFT's AdaLoraLayer
             self.lora_magnitude = nn.ParameterDict({})
-            self.kept = Kept()
         if config.use_dora_adaptive:
             check_magnitude_support(self.get_base_layer())
             self.quantization_backend = self.quantization_backend or resolve_backend(self.get_base_layer())
-        with self.magnitude_aside(adapter_name) as learned:
-            super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        learned = self.lora_magnitude.pop(adapter_name) if adapter_name in self.lora_magnitude else None
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        if learned is not None:
+            learned.data = learned.data.to(self.lora_E[adapter_name].device)
+            self.lora_magnitude[adapter_name] = learned
         if config.use_dora_adaptive:
-            # not `resolve_lora_variant`, which refuses options of LoRA's other variants, which AdaLoRA does not read
+            # not `resolve_lora_variant`, which refuses options of LoRA's other variants that AdaLoRA does not read
             self.lora_variant[adapter_name] = self.lora_variants["use_dora_adaptive",]
             self.ranknum[adapter_name].requires_grad_(False)
             if learned is None:
                 self.lora_variant[adapter_name].init(self, adapter_name)
 
-    @contextmanager
-    def magnitude_aside(self, adapter_name: str) -> Iterator[Optional[nn.Parameter]]:
-        """
-        Keeps the magnitude of an adapter, if it has one, out of PEFT's hands, so that its values and dtype stay. What
-        is frozen of such an adapter stays so; PEFT makes parameters that are trained of all that it casts.
-        """
-        learned = self.lora_magnitude.pop(adapter_name) if adapter_name in self.lora_magnitude else None
-        parts = (self.lora_A, self.lora_E, self.lora_B, self.ranknum) if learned is not None else ()
-        frozen = [part for part in parts if not part[adapter_name].requires_grad]
-        try:
-            yield learned
-        finally:
-            for part in frozen:
-                part[adapter_name].requires_grad_(False)
-            if learned is not None:
-                learned.data = learned.data.to(self.lora_E[adapter_name].device)
-                self.lora_magnitude[adapter_name] = learned
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        with self.magnitude_aside(adapter_name):
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name not in self.lora_magnitude:
+            return super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        parts = (self.lora_A, self.lora_E, self.lora_B, self.ranknum)
+        requires_grad = [part[adapter_name].requires_grad for part in parts]
+        magnitude = self.lora_magnitude[adapter_name]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        # PEFT casts a magnitude to the dtype of the weight, and makes parameters that are trained of all that it casts
+        magnitude.data = magnitude.data.to(self.lora_magnitude[adapter_name].device)
+        self.lora_magnitude[adapter_name] = magnitude
+        for part, was_trained in zip(parts, requires_grad):
+            part[adapter_name].requires_grad_(was_trained)
 
     def reset_lora_parameters(self, adapter_name: str) -> None:
         super().reset_lora_parameters(adapter_name)
@@ -109,13 +98,14 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
             self.lora_variant[adapter_name].init(self, adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        check_only_adapter(adapter_names, self.lora_magnitude)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        check_sole_adapter([name for name in names if name in self.lora_A], self.lora_magnitude)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
-    def only_adapter(self, adapter_names: list[str]) -> Optional[str]:
-        """The AdaDoRA adapter among those of this layer, if there is one; it has to be the only one."""
+    def adadora_adapter(self, adapter_names: list[str]) -> Optional[str]:
+        """The AdaDoRA adapter among those of this layer, if there is one. Raises as [`check_sole_adapter`]."""
         names = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A]
-        check_only_adapter(names, self.lora_magnitude)
+        check_sole_adapter(names, self.lora_magnitude)
         return names[0] if names and names[0] in self.lora_magnitude else None
 
     def update_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -125,13 +115,17 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         scaled_E = self.lora_E[adapter_name] / ((ranknum + 1e-5) / self.scaling[adapter_name])
         return self.lora_A[adapter_name], scaled_E, self.lora_B[adapter_name]
 
+    def train(self, mode: bool = True) -> "AdaLoraLayer":
+        invalidate(self)  # as PEFT's DoRA does
+        return super().train(mode)
+
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """
-        Merge the active adapters, or those named, into the base weight. AdaDoRA cannot be unmerged afterwards. Raises
-        as [`adapter_to_merge`], and a `ValueError` if `safe_merge=True` and the result is not finite.
+        Merge the active adapters, or the named ones, into the base weight. AdaDoRA cannot be unmerged afterwards.
+        Raises as [`adapter_to_merge`], and a `ValueError` if `safe_merge=True` and the result is not finite.
         """
         adapter_name = adapter_to_merge(self, adapter_names)
-        self.kept.forget()
+        invalidate(self)
         if adapter_name is None:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
@@ -140,7 +134,7 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
     def unmerge(self) -> None:
         """Unmerge all merged adapters. Raises a `NotImplementedError` if one of them is AdaDoRA."""
         self.check_unmerge()
-        self.kept.forget()
+        invalidate(self)
         super().unmerge()
 
     def check_unmerge(self) -> None:
@@ -150,24 +144,24 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
                 self.lora_variant[adapter_name].unmerge(self, adapter_name, self.get_base_layer().weight)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter_name = self.variant_adapter()
+        adapter_name = self.adadora_adapter_in_use()
         if adapter_name is None:
             return super().forward(x, *args, **kwargs)
-        return self.forward_variant(adapter_name, x, *args, **kwargs)
+        return self.forward_adadora(adapter_name, x, *args, **kwargs)
 
-    def variant_adapter(self) -> Optional[str]:
-        """The adapter that is merged, or active, if it is AdaDoRA."""
+    def adadora_adapter_in_use(self) -> Optional[str]:
+        """The adapter that is merged or active, if it is AdaDoRA."""
         if self.disable_adapters:
             self.check_unmerge()
             return None
-        return self.only_adapter(self.merged_adapters or self.active_adapters)
+        return self.adadora_adapter(self.merged_adapters or self.active_adapters)
 
-    def forward_variant(self, adapter_name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_adadora(self, adapter_name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The output of the layer with an AdaDoRA adapter."""
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
-        with here(self.get_base_layer()):
+        with onloaded(self.get_base_layer()):
             return self.lora_variant[adapter_name].forward(self, adapter_name, x, result)
 
 
@@ -206,6 +200,6 @@ class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:
         base_layer = self.get_base_layer()
-        # of which AdaLoRA takes the shape of A; it would not fit the weight of a layer with several groups
+        # AdaLoRA takes the shape of A from it, which would not fit a weight with several groups
         self.in_features = base_layer.in_channels // base_layer.groups
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)

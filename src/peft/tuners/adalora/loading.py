@@ -12,18 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Ranks and weights of adapters that are saved and loaded, and what is refused of them."""
-
-from collections.abc import Iterable
-from typing import Any, Optional
+"""The weights of an adapter as they are saved and loaded: ranks come from E and from shapes, and from nothing else."""
 
 import torch
 from torch import nn
 
+from .allocator import kept_triplets
 from .config import AdaLoraConfig
-from .names import (
+from .parameter_names import (
     DIM_OF_RANK,
-    PREFIX,
     WEIGHTS,
     adapted_layers,
     key_of_E,
@@ -32,41 +29,37 @@ from .names import (
     part_of,
     unwrapped_name,
 )
-from .sharding import is_sharded, whole
+from .sharding import gather_full, has_master_copy, is_sharded
 
 
-RankPattern = dict[str, list[bool] | torch.Tensor]
+Weights = dict[str, torch.Tensor]
 
 
-@torch.no_grad()
-def keep_ranks(layer: nn.Module, adapter_name: str, kept: torch.Tensor) -> None:
+def set_rank(layer: nn.Module, adapter_name: str, rank: int) -> None:
     """
-    Drop all singular triplets of an adapter but some (int64 indices). Scaling, magnitude, dtypes, devices and
-    `requires_grad` stay as they are.
+    Give the factors of an adapter the shapes of another rank, and zeros as values, before weights are loaded. The
+    parameters stay the same objects, because an optimizer may hold them.
     """
-    if len(kept) == len(layer.lora_E[adapter_name]):
-        return
-    for params, dim in ((layer.lora_A, 0), (layer.lora_E, 0), (layer.lora_B, 1)):
-        param = params[adapter_name]
-        values = param.index_select(dim, kept.to(param.device))
-        params[adapter_name] = nn.Parameter(values, requires_grad=param.requires_grad)
-    layer.r[adapter_name] = len(kept)
+    for part, dim in DIM_OF_RANK.items():
+        param = getattr(layer, part)[adapter_name]
+        shape = [rank if index == dim else size for index, size in enumerate(param.shape)]
+        param.data, param.grad = param.data.new_zeros(shape), None
+    layer.r[adapter_name] = rank
 
 
-def keep_ranks_of_pattern(layers: dict[str, nn.Module], adapter_name: str, rank_pattern: RankPattern) -> None:
-    """[`keep_ranks`] of each of the layers that a rank pattern names."""
-    for key, kept in rank_pattern.items():
-        if layer_of_E(key, adapter_name) in layers:
-            indices = torch.as_tensor(kept).view(-1).nonzero().view(-1)
-            keep_ranks(layers[layer_of_E(key, adapter_name)], adapter_name, indices)
+def keep_triplets(layer: nn.Module, adapter_name: str, kept: list[bool] | torch.Tensor) -> None:
+    """Drop the triplets of an adapter that a mask (r,) does not keep. Scaling, magnitude and dtypes stay."""
+    indices = torch.as_tensor(kept).view(-1).nonzero().view(-1)
+    for part, dim in DIM_OF_RANK.items():
+        param = getattr(layer, part)[adapter_name]
+        param.data, param.grad = param.data.index_select(dim, indices.to(param.device)), None
+    layer.r[adapter_name] = len(indices)
 
 
-def exact_weights(
-    weights: dict[str, torch.Tensor], state_dict: dict[str, torch.Tensor], model: nn.Module, adapter_name: str
-) -> dict[str, torch.Tensor]:
+def weights_by_model_name(weights: Weights, state_dict: Weights, model: nn.Module, adapter_name: str) -> Weights:
     """
-    The weights to save, by their names without wrappers, and those that PEFT leaves out: of `state_dict`, where a
-    module is wrapped, or those of AdaDoRA of the model, where another adapter is called like a module.
+    The weights to save by their names without wrappers. Adds what PEFT leaves out: weights of `state_dict` where a
+    module is wrapped, and weights of AdaDoRA where another adapter is called like a module.
     """
     given = {unwrapped_name(key): value for key, value in (*state_dict.items(), *weights.items())}
     others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
@@ -77,43 +70,44 @@ def exact_weights(
             if key in given:
                 exact[key] = given[key]
             elif adapter_name in layer.lora_magnitude:
-                exact[key] = whole(getattr(layer, part)[adapter_name])
+                exact[key] = gather_full(getattr(layer, part)[adapter_name])
     return exact
 
 
-def keep_saved_ranks(
-    weights: dict[str, torch.Tensor], config: AdaLoraConfig, adapter_name: str
-) -> dict[str, torch.Tensor]:
+def without_pruned(weights: Weights, config: AdaLoraConfig, adapter_name: str) -> Weights:
     """
-    The weights to save, by their names in the model, without pruned triplets. `config` loses the adapter name, and
-    saves what is kept: of AdaDoRA also what the optimizer has moved off zero since the last allocation.
+    The weights to save, by their names in the model, without pruned triplets. E tells them for AdaDoRA, and the rank
+    pattern of the last allocation for plain AdaLoRA. The rank pattern of `config` then fits what is saved.
     """
+    values_of_E = {key: value for key, value in weights.items() if part_of(key, adapter_name) == "lora_E"}
+    if config.saves_all_ranks or any(map(is_sharded, values_of_E.values())):  # each process saves a part of all ranks
+        return weights
+    if config.use_dora_adaptive:
+        kept = kept_triplets(values_of_E) or {}
+        config.rank_pattern = {key_of_E(layer_of_E(key, adapter_name)): mask for key, mask in kept.items()} or None
+    else:
+        pattern = {
+            f"{layer_of_E(key, adapter_name)}.lora_E": mask for key, mask in (config.rank_pattern or {}).items()
+        }
+        config.rank_pattern = pattern or config.rank_pattern
+        kept = {key: pattern[name] for key in values_of_E for name in _keys_of_E(key, adapter_name) if name in pattern}
     saved = dict(weights)
-    pattern = {f"{layer_of_E(key, adapter_name)}.lora_E": kept for key, kept in (config.rank_pattern or {}).items()}
-    config.saved_rank_pattern = {} if pattern and config.use_dora_adaptive else None
-    for key, kept in pattern.items():
-        keeps = torch.as_tensor(kept).view(-1).bool()
-        name_of_E = f"{key}.{adapter_name}"
-        prefix = "" if name_of_E in saved else PREFIX
-        values = saved[prefix + name_of_E]
-        if is_sharded(values):
-            keeps = torch.ones_like(keeps)  # each process saves a part, for an adapter that has all ranks
-        elif config.use_dora_adaptive and len(values) == len(keeps):
-            keeps = keeps | (values.view(-1) != 0).to(keeps.device)
-        if config.saved_rank_pattern is not None:
-            config.saved_rank_pattern[key] = keeps.tolist()
-        indices = keeps.nonzero().view(-1)
+    for key, mask in kept.items():
+        indices = torch.as_tensor(mask).view(-1).nonzero().view(-1)
         for part, dim in DIM_OF_RANK.items():
-            name = f"{prefix}{layer_of_E(key, adapter_name)}.{part}.{adapter_name}"
-            if saved[name].shape[dim] == len(keeps) != len(indices):
+            name = f"{layer_of_E(key, adapter_name)}.{part}.{adapter_name}"
+            if saved[name].shape[dim] == len(mask) != len(indices):
                 saved[name] = saved[name].index_select(dim, indices.to(saved[name].device))
-    config.rank_pattern = pattern or config.rank_pattern
     return saved
 
 
-def weights_of_layers(
-    weights: dict[str, torch.Tensor], model: nn.Module, adapter_name: str
-) -> dict[str, torch.Tensor]:
+def _keys_of_E(key: str, adapter_name: str) -> set[str]:
+    """The keys of a weight E in rank patterns of PEFT, which may have the prefix of a PeftModel or not."""
+    layer_name = layer_of_E(key, adapter_name)
+    return {f"{layer_name}.lora_E", key_of_E(layer_name)}
+
+
+def weights_of_layers(weights: Weights, model: nn.Module, adapter_name: str) -> Weights:
     """The weights to load, by their names in the model without wrappers, which PEFT does not find behind wrappers."""
     names = {
         name_in_file(key, adapter_name): key
@@ -125,8 +119,8 @@ def weights_of_layers(
     return {names.get(key, key): value for key, value in exact.items()}
 
 
-def wrapped_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights to load, by the names that the state dict of the model has, with those of wrappers."""
+def wrapped_weights(weights: Weights, model: nn.Module) -> Weights:
+    """The weights to load, by the names in the state dict of the model, which has the names of wrappers."""
     if all(name == unwrapped_name(name) for name, _ in model.named_modules()):
         return weights
     wrapped = {unwrapped_name(key): key for key in model.state_dict()}
@@ -134,17 +128,16 @@ def wrapped_weights(weights: dict[str, torch.Tensor], model: nn.Module) -> dict[
 
 
 def check_loaded_weights(
-    weights: dict[str, torch.Tensor], layers: dict[str, nn.Module], config: AdaLoraConfig, adapter_name: str
+    weights: Weights, layers: dict[str, nn.Module], config: AdaLoraConfig, adapter_name: str
 ) -> None:
     """
-    Check that loaded weights, by their names in the model, are those of the adapter that `layers` have.
+    Check that loaded weights, by their names in the model, belong to the adapter of `layers`.
 
     Raises:
         `ValueError`:
-            If a weight is missing or not known, of the wrong shape, or not finite, or if the rank pattern is that of
-            another model. Weights of plain AdaLoRA are checked by PEFT; here, only for magnitudes.
+            If a weight is missing, unknown, of the wrong shape, or not finite. PEFT checks the weights of plain
+            AdaLoRA; here, they must have no magnitude.
     """
-
     parts = {key: part_of(key, adapter_name) for key in weights}
     if not config.use_dora_adaptive:
         for key in (key for key, part in parts.items() if part == "lora_magnitude"):
@@ -153,17 +146,10 @@ def check_loaded_weights(
                 "`use_dora_adaptive=True`, so it would be used without its magnitudes."
             )
         return
-    pattern = {f"{layer_of_E(key, adapter_name)}.lora_E": kept for key, kept in (config.rank_pattern or {}).items()}
-    unknown = sorted(pattern.keys() - set(map(key_of_E, layers)))
-    if unknown and len(unknown) != len(set(map(key_of_E, layers)) - pattern.keys()):
-        # or else all modules have been renamed, by `key_mapping`
-        layer_name = layer_of_E(unknown[0], adapter_name)
-        raise ValueError(f"The rank pattern of {layer_name!r} in the config of the adapter does not fit the model.")
     shapes = {}
     for name, layer in layers.items():
         lora_E = layer.lora_E[adapter_name]
-        rank = min(len(lora_E), len(weights.get(f"{name}.lora_E.{adapter_name}", lora_E)))
-        rank = sum(pattern.get(key_of_E(name), [True] * rank))
+        rank = len(weights.get(f"{name}.lora_E.{adapter_name}", lora_E))
         in_features, out_features = layer.lora_A[adapter_name].shape[1], len(layer.lora_B[adapter_name])
         shapes[f"{name}.lora_magnitude.{adapter_name}"] = (out_features, 1)
         shapes[f"{name}.lora_E.{adapter_name}"] = (rank, 1)
@@ -181,68 +167,52 @@ def check_loaded_weights(
             raise ValueError(f"{name_in_file(key, adapter_name)!r} is missing from the weights of the adapter.")
         if tuple(weights[key].shape) != shape:
             found = tuple(weights[key].shape)
-            raise ValueError(f"{what} has the shape {found}, but the model and the config need {shape}.")
+            raise ValueError(f"{what} has the shape {found}, but the model needs {shape}.")
         if not torch.isfinite(weights[key]).all():
             raise ValueError(f"{what} is not finite.")
 
 
-def fit_to_loaded_weights(
-    tuner: Optional[nn.Module],
-    model: nn.Module,
-    config: AdaLoraConfig,
-    adapter_name: str,
-    weights: dict[str, torch.Tensor],
-) -> None:
+def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> Weights:
     """
-    Make an adapter of the ranks that the weights to load have, after [`check_loaded_weights`]. If they are refused,
-    nothing has changed: an adapter that was added for them is gone again.
+    Make the ranks of an AdaDoRA adapter and of checked weights for it the same. Returns the weights to load.
 
-    Args:
-        tuner (`AdaLoraModel`, *optional*): The model's; `None` if the adapter was injected without.
-        model (`nn.Module`): The model to load into, such as a `PeftModel`.
-        weights (`dict[str, torch.Tensor]`): By their names in the model.
+    An adapter in training keeps its ranks: the loaded triplets come first, and the singular values of the rest become
+    0. Any other, also a new one whose singular values are all 0, gets the ranks of the weights.
+
+    Raises:
+        `ValueError`: If an adapter in training has too few ranks; nothing has changed then.
     """
-    layers = adapted_layers(model, adapter_name)
-    before = tuner.__dict__.get("_before_loading", {}).pop(adapter_name, None) if tuner else None
-    try:
-        check_loaded_weights(weights, layers, config, adapter_name)
-    except ValueError:
-        if before is not None:
-            before.put_back(tuner, model, layers.values(), adapter_name)
-        raise
-    keep_shapes = any(layer.keeps_shapes for layer in layers.values())
-    if config.use_dora_adaptive or keep_shapes:
-        ranks = {
-            name: len(weights.get(f"{name}.lora_E.{adapter_name}", layer.lora_E[adapter_name]))
-            for name, layer in layers.items()
-        }
-        for name, layer in layers.items():
-            if not layer.keeps_shapes:
-                keep_ranks(layer, adapter_name, torch.arange(ranks[name]))
-        if keep_shapes or set(map(key_of_E, layers)) != (config.rank_pattern or {}).keys():
-            pattern = {
-                key_of_E(name): [index < rank for index in range(config.init_r)] for name, rank in ranks.items()
-            }
-            config.rank_pattern = None if all(map(all, pattern.values())) else pattern
-    elif config.rank_pattern is not None and tuner:
-        tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
+    ranks = {name: len(weights[f"{name}.lora_E.{adapter_name}"]) for name in layers}
+    changed = {name: layer for name, layer in layers.items() if len(layer.lora_E[adapter_name]) != ranks[name]}
+    if not _is_in_training(layers, adapter_name):
+        for name, layer in changed.items():
+            set_rank(layer, adapter_name, ranks[name])
+        return weights
+    for name, layer in changed.items():
+        rank = len(layer.lora_E[adapter_name])
+        if ranks[name] > rank:
+            raise ValueError(
+                f"The weights of {name!r} have rank {ranks[name]}, but the adapter in training has rank {rank}; load "
+                "them into a new adapter."
+            )
+    fitted = dict(weights)
+    for name, layer in changed.items():
+        for part, dim in DIM_OF_RANK.items():
+            key, live = f"{name}.{part}.{adapter_name}", gather_full(getattr(layer, part)[adapter_name])
+            rest = live.narrow(dim, ranks[name], live.shape[dim] - ranks[name]).to(weights[key])
+            fitted[key] = torch.cat([weights[key], torch.zeros_like(rest) if part == "lora_E" else rest], dim)
+    return fitted
 
 
-class BeforeLoading:
-    """What adding an adapter has changed, to be put back if the weights that it was added for are refused."""
+def _is_in_training(layers: dict[str, nn.Module], adapter_name: str) -> bool:
+    """Whether the parameters of an adapter have to keep their shapes, because an optimizer has trained them."""
+    values_of_E = [layer.lora_E[adapter_name] for layer in layers.values()]
+    if any(map(is_sharded, values_of_E)) or any(map(has_master_copy, values_of_E)):
+        return True
+    return any(lora_E.requires_grad and not lora_E.is_meta and bool(lora_E.any()) for lora_E in values_of_E)
 
-    def __init__(self, tuner: nn.Module) -> None:
-        self.trainable = [param for param in tuner.model.parameters() if param.requires_grad]
-        self.training = {name: tuner.__dict__.get(name) for name in ("trainable_adapter_name", "rankallocator")}
 
-    def put_back(self, tuner: nn.Module, peft_model: Any, layers: Iterable[nn.Module], adapter_name: str) -> None:
-        """Remove the adapter, unless it has been trained meanwhile."""
-        if any(not layer.lora_E[adapter_name].is_meta and layer.lora_E[adapter_name].any() for layer in layers):
-            return
-        if len(tuner.peft_config) == 1:
-            tuner.unload()
-        else:
-            peft_model.delete_adapter(adapter_name)
-        for param in self.trainable:
-            param.requires_grad_(True)
-        tuner.__dict__.update({name: value for name, value in self.training.items() if value is not None})
+def has_ranks_of(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> bool:
+    """Whether an adapter has the ranks of the weights that are loaded into it."""
+    values_of_E = {f"{name}.lora_E.{adapter_name}": layer.lora_E[adapter_name] for name, layer in layers.items()}
+    return all(len(weights.get(key, lora_E)) == len(lora_E) for key, lora_E in values_of_E.items())

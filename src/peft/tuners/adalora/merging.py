@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Merging an AdaDoRA adapter into its base weight, and what cannot be merged, found before anything changes."""
+"""Merging an AdaDoRA adapter into its base weight, and finding what cannot be merged before anything changes."""
 
 from collections import defaultdict
 from collections.abc import Hashable
@@ -25,7 +25,8 @@ from torch.distributed.tensor import distribute_tensor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 
-from .base_weight import base_weight, has_computed_weight, here
+from .base_weight import base_weight, has_computed_weight, onloaded
+from .sharding import is_partitioned
 
 
 def adapter_to_merge(layer: nn.Module, adapter_names: Optional[list[str]]) -> Optional[str]:
@@ -39,7 +40,7 @@ def adapter_to_merge(layer: nn.Module, adapter_names: Optional[list[str]]) -> Op
     if isinstance(adapter_names, str):
         return None
     names = layer.active_adapters if adapter_names is None else adapter_names
-    adapter_name = layer.only_adapter([*layer.merged_adapters, *names])
+    adapter_name = layer.adadora_adapter([*layer.merged_adapters, *names])
     if adapter_name is None or adapter_name in layer.merged_adapters:
         return None
     if has_computed_weight(layer.get_base_layer()):
@@ -56,15 +57,18 @@ def adapter_to_merge(layer: nn.Module, adapter_names: Optional[list[str]]) -> Op
 
 
 def merge_adapter(layer: nn.Module, adapter_name: str, safe_merge: bool) -> None:
-    """Merge an AdaDoRA adapter into its base weight, in place where it can be. Raises as [`safe_merged`]."""
+    """
+    Merge an AdaDoRA adapter into its base weight. This happens in place, unless the weight is quantized, sharded, or a
+    part of a larger tensor. Raises as [`safe_merged`].
+    """
     parts = (layer.lora_A, layer.lora_E, layer.lora_B, layer.lora_magnitude)
     with gather_params_ctx([layer.get_base_layer().weight, *(part[adapter_name] for part in parts)]):
         if safe_merge:
             merged = safe_merged(layer, adapter_name)
-        elif shares_rows(merged := base_weight(layer)):
-            merged = layer.lora_variant[adapter_name].merge_safe(layer, adapter_name, merged)
-        else:
+        elif fills_storage(merged := base_weight(layer)):
             layer.lora_variant[adapter_name].merge_unsafe(layer, adapter_name, merged)
+        else:
+            merged = layer.lora_variant[adapter_name].merge_safe(layer, adapter_name, merged)
         overwrite_base_weight(layer, merged)
     layer.merged_adapters.append(adapter_name)
 
@@ -86,52 +90,48 @@ def check_merge(
     """Raise as `merge` of one of the layers would, and a `NotImplementedError` if it would change others as well."""
     to_merge = {layer: adapter_to_merge(layer, adapter_names) for layer in layers}
     to_merge = {layer: adapter_name for layer, adapter_name in to_merge.items() if adapter_name is not None}
-    check_not_shared(model, list(to_merge))
+    check_not_tied(model, list(to_merge))
     for layer, adapter_name in to_merge.items() if safe_merge else ():
-        with here(layer.get_base_layer()):
+        with onloaded(layer.get_base_layer()):
             safe_merged(layer, adapter_name)
 
 
 @torch.no_grad()
 def overwrite_base_weight(layer: nn.Module, values: torch.Tensor) -> None:
-    """Give a layer another weight, in place where it can be, which is quantized or sharded again if it was."""
+    """Give a layer another weight, in place where it can be, and quantized or sharded again where it was."""
     weight = layer.get_base_layer().weight
     if layer.quantization_backend is not None:
         layer.set_base_weight(values)
     elif hasattr(weight, "full_tensor"):
         weight.copy_(distribute_tensor(values, weight.device_mesh, weight.placements, src_data_rank=None))
-    elif shares_rows(weight):
+    elif not fills_storage(weight):
         weight.data = values
     elif values.data_ptr() != weight.data_ptr():
         weight.copy_(values)
 
 
-def shares_rows(weight: torch.Tensor) -> bool:
-    """Whether elements of a weight may lie in the same memory, as in an expanded one, which cannot be written to."""
-    last = 0  # of the elements that differ in the dimensions so far; an expanded one has a stride of 0
-    for stride, size in sorted(zip(weight.stride(), weight.shape)):
-        if size > 1 and stride <= last:
-            return True
-        last += (size - 1) * stride
-    return False
+def fills_storage(weight: torch.Tensor) -> bool:
+    """Whether a weight is all of its storage, each element once. A part of a larger tensor, or a view that repeats
+    elements, is not, and is left as it is for whoever holds the rest."""
+    dims = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+    is_dense = weight.permute(dims).is_contiguous()
+    return is_partitioned(weight) or (is_dense and weight.nbytes == weight.untyped_storage().nbytes())
 
 
-def check_not_shared(model: nn.Module, layers: list[nn.Module]) -> None:
+def check_not_tied(model: nn.Module, layers: list[nn.Module]) -> None:
     """Raise a `NotImplementedError` if another part of the model holds a base weight, or base layer, of the layers."""
     names = {id(module): name for name, module in model.named_modules()}
     holders = defaultdict(list)
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                holders[_storage(tensor)].append((module, tensor))
+                holders[_address(tensor)].append(module)
         for child in module.children():
-            holders[id(child)].append((module, None))
+            holders[id(child)].append(module)
     for layer in layers:
         base_layer = layer.get_base_layer()
-        weight = base_layer.weight
-        others = [module for module, tensor in holders[_storage(weight)] if _overlap(tensor, weight)]
-        others += [module for module, _ in holders[id(base_layer)] if not isinstance(module, BaseTunerLayer)]
-        for module in others:
+        others = [module for module in holders[id(base_layer)] if not isinstance(module, BaseTunerLayer)]
+        for module in (*holders[_address(base_layer.weight)], *others):
             if module is not base_layer:
                 raise NotImplementedError(
                     f"The base weight of {names[id(layer)]!r} also belongs to {names[id(module)] or 'the model'!r}, "
@@ -140,22 +140,9 @@ def check_not_shared(model: nn.Module, layers: list[nn.Module]) -> None:
                 )
 
 
-def _storage(tensor: torch.Tensor) -> Hashable:
-    """What two tensors have in common if they share memory."""
+def _address(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that start at the same element of the same storage."""
     try:
-        return tensor.untyped_storage().data_ptr() or id(tensor)
-    except (NotImplementedError, RuntimeError):  # of a tensor that wraps others
+        return tensor.data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):  # from a tensor that wraps others
         return id(tensor)
-
-
-def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors of one storage have elements between the first and the last of each other."""
-    (start, end), (other_start, other_end) = map(_range, (tensor, other))
-    return max(start, other_start) < min(end, other_end)
-
-
-def _range(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where in its storage a tensor begins, and where it ends, in bytes."""
-    start = tensor.storage_offset()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()

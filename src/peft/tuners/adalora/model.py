@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""PEFT's AdaLoRA model with AdaDoRA: which layers can be adapted, what is refused, saving, loading, merging."""
+"""PEFT's AdaLoRA model with AdaDoRA: which layers are adapted, refusals, saving, loading and merging."""
 
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -28,34 +28,38 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import loading
 from . import stock_model as stock
-from .base_weight import here
+from .base_weight import onloaded
+from .cache import generation
 from .config import AdaLoraConfig
-from .kept import generation
 from .layer import AdaLoraLayer, RankAllocator
 from .merging import check_merge
-from .names import adapted_layers
-from .options import check_first_allocation, check_name, check_only_adapter, check_options
+from .parameter_names import adapted_layers, layer_of_E
 from .quantized import learn_how_to_quantize
 from .regularization import add_orthogonality_loss
 from .sharding import is_sharded
-from .targets import check_targets
+from .supported_layers import check_targets
+from .validation import check_allocation, check_name, check_options, check_sole_adapter
 
 
 class AdaLoraModel(stock.AdaLoraModel):
     """
     PEFT's AdaLoRA model, whose adapters can also be AdaDoRA adapters (`AdaLoraConfig(use_dora_adaptive=True)`).
 
-    What is refused for AdaDoRA is refused here for the whole model, before any of its layers has changed.
+    It refuses what AdaDoRA cannot do for the whole model, before any layer changes.
     """
 
     # whether the regularization has been part of a loss
     adds_regularization = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_read_kept)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As PEFT's, but the orthogonality term of an AdaDoRA adapter is part of the loss in training alone."""
-        if not hasattr(self, "trainable_adapter_name"):
+        """Adds the orthogonality term to the loss as PEFT does. For an AdaDoRA adapter only in training mode."""
+        adapter_name = self._adapter_in_training()
+        if adapter_name is None:
             return self.model.forward(*args, **kwargs)
-        adapter_name = self.trainable_adapter_name
         config, layers = self.peft_config[adapter_name], adapted_layers(self.model, adapter_name).values()
         if not config.use_dora_adaptive and not any(is_sharded(layer.lora_A[adapter_name]) for layer in layers):
             return super().forward(*args, **kwargs)
@@ -65,9 +69,14 @@ class AdaLoraModel(stock.AdaLoraModel):
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the base model, for the time of which m / n of each layer is kept."""
-        with generation(list(self._layers())):
+        """`generate` of the base model, which computes m / n of each layer once."""
+        with generation():
             return self.model.generate(*args, **kwargs)
+
+    def _adapter_in_training(self) -> Optional[str]:
+        """The adapter that was added to be trained, unless it has been deleted."""
+        adapter_name = getattr(self, "trainable_adapter_name", None)
+        return adapter_name if adapter_name in self.peft_config else None
 
     def _adadora_adapters(self) -> list[str]:
         return [name for name, config in self.peft_config.items() if config.use_dora_adaptive]
@@ -83,49 +92,49 @@ class AdaLoraModel(stock.AdaLoraModel):
             check_targets(self, model, config, kwargs.get("state_dict"))
             if not config.inference_mode:
                 check_options(config, adapter_name)
-                # that of another adapter: this one starts with all its ranks
-                config.rank_pattern = config.saved_rank_pattern = None
-        before = loading.BeforeLoading(self)
+            # a copy, because the config may serve other models; without the ranks of another adapter
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            config.rank_pattern = config.rank_pattern if config.inference_mode else None
+        trainable = [param for param in self.model.parameters() if param.requires_grad]
         with warnings.catch_warnings():
             # the keys of AdaLoRA's pattern name E, not the module, so PEFT says that it ignores them
             warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.inference_mode and len(self.peft_config) > 1 and self._adadora_adapters():
-            for param in before.trainable:
-                param.requires_grad_(True)  # PEFT freezes all parameters with the name in theirs, at any place
-        if config.use_dora_adaptive and config.inference_mode and config.rank_pattern:
-            # at once, because transformers loads weights without asking for `resize_modules_by_rank_pattern`
-            loading.keep_ranks_of_pattern(adapted_layers(model, adapter_name), adapter_name, config.rank_pattern)
+            for param in trainable:
+                param.requires_grad_(True)  # PEFT freezes all parameters that have the name anywhere in theirs
+        if config.use_dora_adaptive and config.inference_mode:
+            # transformers loads weights without asking for their ranks, so the layers need them from the start
+            layers = adapted_layers(model, adapter_name)
+            for key, kept in (config.rank_pattern or {}).items():
+                if (name := layer_of_E(key, adapter_name)) in layers:
+                    loading.set_rank(layers[name], adapter_name, int(sum(kept)))
         learn_how_to_quantize(model, self._layers())
         if config.use_dora_adaptive and hasattr(model, "add_model_tags"):
-            model.add_model_tags("adadora")  # of the model card that PEFT writes
+            model.add_model_tags("adadora")  # for the model card that PEFT writes
         if not config.inference_mode:
             # PEFT's __init__ does so for the first adapter alone
             self.trainable_adapter_name = adapter_name
             self.rankallocator = RankAllocator(model, config, adapter_name)
-        if config.was_loaded or config.inference_mode:
-            self.__dict__.setdefault("_before_loading", {})[adapter_name] = before
 
     def _create_and_replace(
         self, lora_config: AdaLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        with here(base_layer) if lora_config.use_dora_adaptive else nullcontext():
+        with onloaded(base_layer) if lora_config.use_dora_adaptive else nullcontext():
             # not `super()`, because MixedModel calls this as a function
             stock.AdaLoraModel._create_and_replace(self, lora_config, adapter_name, target, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        layers = [layer for layer in self._layers() if adapter_name in layer.lora_magnitude]
-        with ExitStack() as stack:
-            magnitudes = [stack.enter_context(layer.magnitude_aside(adapter_name)) for layer in layers]
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for layer, magnitude in zip(layers, magnitudes):
-            dtype = torch.promote_types(magnitude.dtype, torch.float32)
-            magnitude.data = magnitude.data.to(dtype if autocast_adapter_dtype else layer.lora_E[adapter_name].dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for layer in self._layers() if not autocast_adapter_dtype else ():
+            if adapter_name in layer.lora_magnitude:
+                magnitude = layer.lora_magnitude[adapter_name]
+                magnitude.data = magnitude.data.to(layer.lora_E[adapter_name].dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         self._check_unmerge()
-        check_only_adapter(adapter_name, self._adadora_adapters())
+        check_sole_adapter(adapter_name, self._adadora_adapters())
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     @contextmanager
@@ -135,7 +144,7 @@ class AdaLoraModel(stock.AdaLoraModel):
                 "`adapter_names`, different adapters within a batch, is not supported with AdaDoRA adapters; call "
                 "`set_adapter` and use one adapter at a time."
             )
-        if self.training and torch.is_grad_enabled() and hasattr(self, "rankallocator"):
+        if self.training and torch.is_grad_enabled() and self._adapter_in_training() is not None:
             self.rankallocator.count_forward()
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
@@ -160,12 +169,22 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def update_and_allocate(self, global_step: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
         """
-        As PEFT's. Raises a `ValueError` at the first call if the schedule of an AdaDoRA adapter cannot work.
+        Decide the ranks after an optimizer step, as PEFT's method does.
 
-        `optimizer`, that of the adapter, has to be given if it keeps other weights beside those of the model, as
-        schedule-free optimizers do, so that a pruned singular value does not come back with them.
+        Args:
+            global_step (`int`):
+                The optimizer step, counted from 0.
+            optimizer (`torch.optim.Optimizer`, *optional*):
+                Pass the optimizer if it keeps further weights of its own, as schedule-free optimizers do, so that a
+                pruned singular value does not come back with them.
+
+        Raises:
+            `ValueError`: If no factor has a gradient, or as [`check_allocation`]; nothing has changed then.
         """
-        check_first_allocation(self, global_step)
+        check_allocation(self, global_step)
+        config = self.peft_config[self.trainable_adapter_name]
+        if global_step > config.total_step - config.tfinal:
+            config.rank_pattern = self.rankallocator.kept or config.rank_pattern
         stock.AdaLoraModel.update_and_allocate(self, global_step)
         if optimizer is not None:
             self.rankallocator.mask_other_weights(self.model, optimizer)
@@ -174,16 +193,18 @@ class AdaLoraModel(stock.AdaLoraModel):
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
     ) -> None:
         """
-        Drop the pruned triplets of an adapter: those that a pattern, by names of `lora_E` with or without the name of
-        the adapter, does not keep. Magnitudes and dtypes of AdaDoRA stay; adapters on the meta device can be resized.
+        Drop the triplets of an adapter that a rank pattern does not keep, by names of `lora_E` with or without the
+        adapter's name. Magnitudes and dtypes of AdaDoRA stay, and adapters on the meta device can be resized.
         """
         layers = adapted_layers(self.model, adapter_name)
-        if any(
+        if not any(
             adapter_name in layer.lora_magnitude or layer.lora_E[adapter_name].is_meta for layer in layers.values()
         ):
-            loading.keep_ranks_of_pattern(layers, adapter_name, rank_pattern)
-        else:
             super().resize_modules_by_rank_pattern(rank_pattern, adapter_name)
+            return
+        for key, kept in rank_pattern.items():
+            if (name := layer_of_E(key, adapter_name)) in layers:
+                loading.keep_triplets(layers[name], adapter_name, kept)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -194,19 +215,33 @@ class AdaLoraModel(stock.AdaLoraModel):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        whole = copy.copy(config)
-        whole.rank_pattern = None  # what PEFT does with it knows neither exact names nor adapters that were injected
-        saved = super()._get_adapter_state_dict(model, whole, adapter_name, state_dict, unwanted_adapter_names)
-        saved = loading.exact_weights(saved, state_dict, model, adapter_name)
-        return loading.keep_saved_ranks(saved, config, adapter_name)
+        unpruned = copy.copy(config)
+        unpruned.rank_pattern = None  # PEFT's pruning knows neither exact names nor adapters that were injected
+        weights = super()._get_adapter_state_dict(model, unpruned, adapter_name, state_dict, unwanted_adapter_names)
+        weights = loading.weights_by_model_name(weights, state_dict, model, adapter_name)
+        return loading.without_pruned(weights, config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # the mapping alone, to check the weights before AdaLoRA's implementation resizes the model
+        # the mapping alone, so that the weights are checked before anything changes
         weights = super(LoraModel, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         weights = loading.weights_of_layers(weights, model, adapter_name)
+        layers = adapted_layers(model, adapter_name)
+        loading.check_loaded_weights(weights, layers, config, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
-        loading.fit_to_loaded_weights(tuner, model, config, adapter_name, weights)
+        if not loading.has_ranks_of(weights, layers, adapter_name):
+            if config.use_dora_adaptive:
+                weights = loading.fit_ranks(weights, layers, adapter_name)
+            elif config.rank_pattern is not None and tuner is not None:
+                tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
+            if tuner is not None and tuner._adapter_in_training() == adapter_name:
+                tuner.rankallocator.reset_ipt()  # the averages belong to triplets in another order
         return loading.wrapped_weights(weights, model)
+
+
+def _read_kept(tuner: AdaLoraModel, incompatible_keys: Any) -> None:
+    """Tell the allocator which triplets the loaded weights keep."""
+    if tuner._adapter_in_training() is not None:
+        tuner.rankallocator.read_kept(tuner.model)

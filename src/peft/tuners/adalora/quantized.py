@@ -37,10 +37,10 @@ from peft.utils.quantization_utils import (
 )
 
 from .base_weight import has_computed_weight
-from .sharding import whole
+from .sharding import gather_full
 
 
-# of which rows can be taken and dequantized
+# torchao's weights that give single rows to dequantize
 TORCHAO_WEIGHTS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 
@@ -123,7 +123,7 @@ class RowsOf4bit(Bnb4bitBackend):
             state = getattr(base_layer, "quant_state", None)  # the layer keeps what a sharded weight loses
         if state is None:
             return weight.detach()  # not yet: bitsandbytes quantizes when a weight moves to a device
-        packed, absmax, dtype = whole(weight.data), state.absmax, state.dtype
+        packed, absmax, dtype = gather_full(weight.data), state.absmax, state.dtype
         if getattr(state, "packing_format_for_cpu", False):
             # in eval mode bitsandbytes reorders weights for CPUs with AVX512-BF16; a copy, because undoing it changes
             # the state

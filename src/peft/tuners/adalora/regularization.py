@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""AdaLoRA's regularization of the factors towards orthogonality."""
+"""AdaLoRA's regularization, which pulls the factors towards orthogonality."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -25,7 +25,7 @@ from .sharding import check_not_flattened, is_sharded
 
 
 def add_orthogonality_loss(outputs: Any, layers: Collection[nn.Module], adapter_name: str, weight: float) -> bool:
-    """Add [`orthogonality_loss`], so many times, to the loss of a model's outputs. Returns whether they have one."""
+    """Add `weight` times [`orthogonality_loss`] to the loss of a model's outputs. Returns whether they have one."""
     if not layers or not isinstance(getattr(outputs, "loss", None), torch.Tensor):
         return False
     outputs.loss = outputs.loss + weight * orthogonality_loss(layers, adapter_name)
@@ -34,8 +34,8 @@ def add_orthogonality_loss(outputs: Any, layers: Collection[nn.Module], adapter_
 
 def orthogonality_loss(layers: Iterable[nn.Module], adapter_name: str) -> torch.Tensor:
     """
-    The mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ (Frobenius norms) over all layers, for A (r, in) and B (out, r) that FSDP2
-    may have sharded. Factors of equal shape are multiplied at once.
+    The mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ (Frobenius norms) over all layers, for A (r, in) and B (out, r), which may be
+    sharded by FSDP2. Factors of equal shape are multiplied at once.
     """
     groups = defaultdict(list)
     for layer in layers:

@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Products and norms of a frozen weight in float32, which is never copied whole to another dtype.
+"""Products and norms of a frozen weight in float32, without a float32 copy of the whole weight.
 
-On a CPU, and for quantized weights, they are made of a block of rows at a time. CUDA multiplies bfloat16 and float16
-into float32 by itself.
+On a CPU, and for quantized weights, both come from one block of rows at a time, which is converted once. CUDA
+multiplies bfloat16 and float16 into float32 by itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -26,18 +26,18 @@ import torch
 from torch import nn
 
 
-# At most this many elements of a weight are copied to another dtype at a time: on a CPU, and where launches count.
+# The largest number of elements of a weight to convert at a time: on a CPU, and where kernel launches count.
 BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS = 2**20, 2**24
 
-# A CPU multiplies by so many columns faster than by a few less: by 16 in two thirds of the time that 12 take.
+# A CPU multiplies faster by a multiple of this many columns: by 16 columns in two thirds of the time of 12.
 PRODUCT_COLUMNS = 16
 
-# Whether `torch.mm` takes `out_dtype`, compiled too, where PyTorch is for CUDA.
+# Whether `torch.mm` takes `out_dtype` on CUDA, also when compiled.
 HAS_FLOAT32_RESULT = torch.__version__ >= (2, 10) and torch.version.hip is None
 
 
 class Rows(Protocol):
-    """A weight of shape (out, in) that can be had only block by block, such as a quantized one."""
+    """A weight of shape (out, in) that gives its rows block by block, such as a quantized one."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -59,7 +59,7 @@ def row_blocks(weight: torch.Tensor | Rows) -> Iterator[slice]:
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that norms, scales and merges of a weight of this dtype are computed in."""
+    """The dtype of norms, scales and merges of a weight of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -70,12 +70,14 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def by_blocks(function: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor | Rows) -> torch.Tensor:
-    """`function` of the weight in its norm's dtype; of a block of rows at a time where they have to be converted."""
+def blockwise(weight: torch.Tensor | Rows) -> Iterator[torch.Tensor]:
+    """The rows of a weight in the dtype of its norm: one block after the other, or all at once if nothing converts."""
     dtype = norm_dtype(weight.dtype)
     if isinstance(weight, torch.Tensor) and weight.dtype == dtype:
-        return function(weight)
-    return torch.cat([function(weight[rows].to(dtype)) for rows in row_blocks(weight)])
+        yield weight
+    else:
+        for rows in row_blocks(weight):
+            yield weight[rows].to(dtype)
 
 
 def multiplies_into_float32(weight: torch.Tensor | Rows) -> bool:
@@ -84,23 +86,30 @@ def multiplies_into_float32(weight: torch.Tensor | Rows) -> bool:
     return is_low and HAS_FLOAT32_RESULT and weight.device.type in ("cuda", "meta")
 
 
-def squared_row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
-    """‖W‖² of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
-    if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # where nothing is copied to convert it
-        dtype = norm_dtype(weight.dtype)
-        return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=dtype).square()
-    return by_blocks(lambda rows: torch.linalg.vector_norm(rows, dim=1, keepdim=True), weight).square()
+def row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
+    """‖W‖ of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
+    if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # converts in its kernel
+        return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=norm_dtype(weight.dtype))
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in blockwise(weight)])
 
 
-def rows_times(weight: torch.Tensor | Rows, right: torch.Tensor) -> torch.Tensor:
-    """W Rᵀ (out, r), of a weight (out, in) and a constant R (r, in) in the dtype of its norm, which the result has."""
+def matmul_rows(weight: torch.Tensor | Rows, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    W Rᵀ (out, r) and ‖W‖ of each row (out, 1), in the dtype of the norm of W.
+
+    Args:
+        weight (`torch.Tensor` or [`Rows`]): W (out, in) of any floating point dtype.
+        right (`torch.Tensor`): R (r, in), a constant in the dtype of the norm of W.
+    """
     rank = len(right)
     if multiplies_into_float32(weight):
         # two parts of R have twice the bits of one
         parts = right.new_empty(2 * rank, right.shape[1], dtype=weight.dtype)
         parts[:rank].copy_(right)
         parts[rank:].copy_(right - parts[:rank])
-        products = torch.mm(weight[:], parts.T, out_dtype=right.dtype)
-        return products[:, :rank] + products[:, rank:]
+        rows = weight[:]
+        products = torch.mm(rows, parts.T, out_dtype=right.dtype)
+        return products[:, :rank] + products[:, rank:], row_norm(rows)
     padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
-    return by_blocks(lambda rows: rows @ padded.T, weight)[:, :rank]
+    products, norms = zip(*((rows @ padded.T, row_norm(rows)) for rows in blockwise(weight)))
+    return torch.cat(products)[:, :rank], torch.cat(norms)

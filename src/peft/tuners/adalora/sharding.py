@@ -12,9 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Parameters that another one holds, or a part of them: FSDP2's DTensor, and DeepSpeed's ZeRO."""
+"""Parameters of which each process holds a part: FSDP2's DTensor, and DeepSpeed's ZeRO."""
+
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -25,37 +28,32 @@ FSDP1_MESSAGE = (
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this is a DTensor, of which each process may hold but a part (FSDP2)."""
+    """Whether this is a DTensor, of which each process may hold a part (FSDP2)."""
     return hasattr(tensor, "full_tensor")
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 holds the values, which are here only while they are gathered."""
+    """Whether DeepSpeed's ZeRO-3 partitions the values, so that they have to be gathered."""
     return hasattr(tensor, "ds_id")
 
 
 def has_master_copy(tensor: torch.Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO trains copies of the values, and overwrites what is here after each step."""
+    """Whether DeepSpeed's ZeRO trains copies of the values, and overwrites these after each step."""
     return is_partitioned(tensor) or hasattr(tensor, "_hp_mapping")
 
 
-def has_sharded_parameters(model: nn.Module) -> bool:
-    """Whether values of parameters have to be read and written with [`whole`] and [`copy_whole_`]."""
-    return any(is_sharded(param) or has_master_copy(param) for param in model.parameters())
-
-
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of [`whole`]."""
+def full_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of [`gather_full`]."""
     return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
 
 
 def check_not_flattened(tensor: torch.Tensor) -> None:
-    """Raise a `NotImplementedError` if a factor has lost its shape, of which AdaLoRA needs rows and columns."""
-    if len(whole_shape(tensor)) != 2:
+    """Raise a `NotImplementedError` if a factor is flattened, because AdaLoRA needs its rows and columns."""
+    if len(full_shape(tensor)) != 2:
         raise NotImplementedError(FSDP1_MESSAGE)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be sharded or partitioned. Every process has to call this."""
     if is_partitioned(tensor) and tensor.numel() != tensor.ds_numel:
         import deepspeed
@@ -66,7 +64,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def copy_whole_(tensor: torch.Tensor, values: torch.Tensor) -> None:
+def copy_full_(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Copy `values`, the same on every process, into a tensor that may be sharded or partitioned."""
     values = values.to(tensor.device, tensor.dtype)
     if has_master_copy(tensor):
@@ -84,3 +82,36 @@ def copy_whole_(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
         values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(values)
+
+
+class GradientCapture:
+    """
+    Sums of the gradients of backward passes, for engines such as DeepSpeed's that clear gradients at once.
+
+    `sums` has them by the names of the parameters, as this process computes them.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter]) -> None:
+        self.sums = {}
+        self._handles = [
+            param.register_hook(partial(self._add, name)) for name, param in params.items() if param.requires_grad
+        ]
+
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += gradient
+        else:
+            self.sums[name] = gradient.detach().clone()
+
+    def mean_over_processes(self, name: str) -> torch.Tensor:
+        """The sum of a parameter, averaged over all processes. Every process has to call this."""
+        gradient = self.sums[name]
+        if dist.is_initialized():
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+        return gradient
+
+    def remove(self) -> None:
+        """Stop capturing."""
+        for handle in self._handles:
+            handle.remove()

@@ -12,10 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""AdaDoRA as a variant of LoRA's layers: how a layer starts, predicts and merges with a magnitude.
-
-The variants have no state.
-"""
+"""AdaDoRA as a variant of LoRA's layers: how a layer starts, predicts and merges with a magnitude. No state."""
 
 from typing import Any
 
@@ -25,17 +22,22 @@ from transformers.pytorch_utils import Conv1D
 
 from peft.tuners.lora.layer import LoraVariant
 
-from .adadora import (
-    adapted_output,
-    magnitude_scale,
-    merged_rows,
-    scale_output,
-    squared_adapted_row_norm,
-)
+from .adadora import adapted_output, magnitude_scale, merged_rows, scale_output, squared_adapted_row_norm
 from .base_weight import base_row_norm, base_rows
-from .kept import scales, squared_base_norm
+from .cache import cached_scale
 from .rows import norm_dtype
-from .sharding import copy_whole_, whole
+from .sharding import copy_full_, gather_full
+
+
+def row_scale(module: nn.Module, active_adapter: str, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """m / n (out, 1), float32 at least, with no gradient but that of m, given `module.update_factors`."""
+    magnitude = module.lora_magnitude[active_adapter]
+    params = [part[active_adapter] for part in (module.lora_A, module.lora_E, module.lora_B, module.ranknum)]
+
+    def compute() -> torch.Tensor:
+        return magnitude_scale(magnitude, squared_adapted_row_norm(base_rows(module), *factors))
+
+    return cached_scale(module, active_adapter, [*params, magnitude], compute)
 
 
 class AdaDoraLinearVariant(LoraVariant):
@@ -50,29 +52,20 @@ class AdaDoraLinearVariant(LoraVariant):
             magnitude = torch.empty(module.out_features, 1, dtype=dtype, device=lora_E.device)
             module.lora_magnitude[adapter_name] = nn.Parameter(magnitude, requires_grad=lora_E.requires_grad)
         if not lora_E.is_meta:
-            copy_whole_(module.lora_magnitude[adapter_name], base_row_norm(module))
-
-    @staticmethod
-    def scales(module: nn.Module, active_adapter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """m / n (out, 1) with no gradient but that of m, c · E (r, 1), (m / n) ⊙ B (out, r); float32 at least."""
-        lora_A, scaled_E, lora_B = module.update_factors(active_adapter)
-        rows = base_rows(module)
-        squared_norm = squared_adapted_row_norm(rows, lora_A, scaled_E, lora_B, squared_base_norm(module, rows))
-        scale = magnitude_scale(module.lora_magnitude[active_adapter], squared_norm)
-        return scale, scaled_E, scale * lora_B
+            copy_full_(module.lora_magnitude[adapter_name], base_row_norm(module))
 
     @staticmethod
     def forward(
         module: nn.Module, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """h = (m / n) ⊙ (W x + ΔW dropout(x)) + b of shape (..., out), given x (..., in) and W x + b."""
-        lora_A = module.lora_A[active_adapter]
-        scale, scaled_E, scaled_B = scales(module, active_adapter)  # m / n, c · E and (m / n) ⊙ B
+        lora_A, scaled_E, lora_B = factors = module.update_factors(active_adapter)
+        scale = row_scale(module, active_adapter, factors)
         x = module.lora_dropout[active_adapter](module._cast_input_dtype(x, lora_A.dtype))
         projected = x @ lora_A.T
         projected = (projected * scaled_E.view(-1)).to(projected.dtype)  # (..., r)
         bias = module.get_base_layer().bias
-        return adapted_output(result, scale.view(-1), bias, projected, scaled_B).to(result.dtype)
+        return adapted_output(result, scale.view(-1), bias, projected, scale * lora_B).to(result.dtype)
 
     @staticmethod
     def merge_safe(module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
@@ -92,7 +85,7 @@ class AdaDoraLinearVariant(LoraVariant):
         is_transposed = isinstance(module.get_base_layer(), Conv1D)
         rows_of_weight = weight.T if is_transposed else weight.flatten(1)
         factors = *module.update_factors(active_adapter), module.lora_magnitude[active_adapter]
-        for rows, values in merged_rows(rows_of_weight, *map(whole, factors)):
+        for rows, values in merged_rows(rows_of_weight, *map(gather_full, factors)):
             if is_transposed:
                 out[:, rows] = values.T
             else:
@@ -121,8 +114,9 @@ class AdaDoraConv2dVariant(AdaDoraLinearVariant):
         module: nn.Module, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """h = (m / n) ⊙ (W x + ΔW dropout(x)) + b of shape (..., out, height, width), given x and W x + b."""
-        base_layer, lora_A = module.get_base_layer(), module.lora_A[active_adapter]
-        scale, scaled_E, scaled_B = scales(module, active_adapter)  # m / n, c · E and (m / n) ⊙ B
+        base_layer = module.get_base_layer()
+        lora_A, scaled_E, lora_B = factors = module.update_factors(active_adapter)
+        scale = row_scale(module, active_adapter, factors)
         bias = None if base_layer.bias is None else base_layer.bias.view(-1, 1, 1)
         scaled = scale_output(result, scale.view(-1, 1, 1), bias)
         if len(lora_A) > 0:
@@ -131,6 +125,6 @@ class AdaDoraConv2dVariant(AdaDoraLinearVariant):
             kernel = lora_A.view(-1, *base_layer.weight.shape[1:]).repeat(groups, 1, 1, 1)
             projected = base_layer._conv_forward(x, kernel, None)
             projected = (projected * scaled_E.repeat(groups, 1).unsqueeze(1)).to(projected.dtype)
-            kernel = scaled_B.to(projected.dtype)[:, :, None, None]
+            kernel = (scale * lora_B).to(projected.dtype)[:, :, None, None]
             scaled = scaled + nn.functional.conv2d(projected, kernel, groups=groups)
         return scaled.to(result.dtype)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Which layers can learn the lengths of their rows, checked before a model is touched."""
+"""Which layers can have a magnitude, checked before a model is touched."""
 
 import copy
 from typing import Any, Optional
@@ -25,13 +25,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 
 from .base_weight import has_computed_weight
 from .config import AdaLoraConfig
-from .names import layers_of_state_dict
+from .parameter_names import layers_of_state_dict
 from .quantized import resolve_backend
 
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# forward passes that are known to compute W x + b, or the convolution, of the weight and the bias of the module
+# Forward passes that compute W x + b, or the convolution, from the weight and the bias of the module.
 KNOWN_FORWARDS = {
     "torch.nn.modules.linear.Linear.forward",
     "torch.nn.modules.conv.Conv2d.forward",
@@ -44,17 +44,19 @@ KNOWN_FORWARDS = {
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module computes anything but what is known, whatever its base class says."""
+    """Whether the forward pass of a module is not one of `KNOWN_FORWARDS`, whatever its base class is."""
     # accelerate's hooks replace the forward pass by one that calls it
     forwards = [getattr(module, "_old_forward", module.forward), getattr(module, "_conv_forward", module.forward)]
     functions = [getattr(forward, "__func__", forward) for forward in forwards]
-    names = {f"{getattr(function, '__module__', '')}.{function.__qualname__}" for function in functions}
+    names = {
+        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}" for function in functions
+    }
     return not names <= KNOWN_FORWARDS
 
 
 def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: Optional[bool] = None) -> None:
     """
-    Check that the lengths of the rows of a module's weight can be learned.
+    Check that a module can have a magnitude.
 
     Args:
         module (`nn.Module`):
@@ -62,13 +64,13 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
         name (`str`, *optional*):
             The path of the module, for the error message.
         fan_in_fan_out (`bool`, *optional*):
-            Whether the weight is said to be stored as (in, out). Not checked if `None`.
+            Whether the weight is stored as (in, out). Not checked if `None`.
 
     Raises:
         `NotImplementedError`:
-            If the module is none of `nn.Linear`, `Conv1D` of transformers, `nn.Conv2d`, or a linear layer whose weight
-            PEFT can dequantize; if it has a forward pass of its own, or a computed weight; or if `fan_in_fan_out` does
-            not say how it stores its weight.
+            If the module is not an `nn.Linear`, a `Conv1D` of transformers, an `nn.Conv2d`, or a linear layer whose
+            weight PEFT can dequantize; if it has a forward pass of its own, or a computed weight; or if
+            `fan_in_fan_out` is wrong.
     """
     where = f"module {name!r}" if name else "the given module"
     kind = f"{type(module).__module__}.{type(module).__qualname__}"

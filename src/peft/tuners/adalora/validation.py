@@ -12,20 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is asked of an AdaDoRA adapter that cannot work, or that AdaLoRA does not read."""
+"""Checks of adapter names, options and schedules of AdaDoRA, and warnings of options that AdaLoRA does not read."""
 
 import warnings
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from typing import Any
 
 from torch import nn
 
 from .config import AdaLoraConfig
-from .names import adapted_layers, layer_of_E
-from .sharding import check_not_flattened, whole_shape
+from .parameter_names import adapted_layers, layer_of_E
+from .sharding import check_not_flattened, full_shape
 
 
-# of LoRA's options, besides `r`, of which PEFT tells
+# LoRA's options without an effect on AdaLoRA, besides `r`, of which PEFT warns
 UNREAD_OPTIONS = (
     "alora_invocation_tokens",
     "alpha_pattern",
@@ -45,7 +45,7 @@ UNREAD_OPTIONS = (
 
 
 def check_name(adapter_name: str) -> None:
-    """Raise a `ValueError` if torch does not take the name of an adapter for that of a parameter."""
+    """Raise a `ValueError` if torch does not allow the name of an adapter as the name of a parameter."""
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"An adapter cannot be called {adapter_name!r}, which torch does not allow as the name of a parameter; "
@@ -53,11 +53,11 @@ def check_name(adapter_name: str) -> None:
         )
 
 
-def check_only_adapter(adapter_names: str | Iterable[str], of_adadora: Container[str]) -> None:
-    """Raise a `NotImplementedError` if several adapters are to be used together of which one is AdaDoRA."""
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+def check_sole_adapter(adapter_names: str | list[str], adadora_adapters: Container[str]) -> None:
+    """Raise a `NotImplementedError` if there are several adapters and one of them is AdaDoRA."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     for name in names if len(names) > 1 else ():
-        if name in of_adadora:
+        if name in adadora_adapters:
             raise NotImplementedError(
                 f"The AdaDoRA adapter {name!r} has to be the only active adapter but got {names}; choose one of them."
             )
@@ -65,8 +65,10 @@ def check_only_adapter(adapter_names: str | Iterable[str], of_adadora: Container
 
 def check_options(config: AdaLoraConfig, adapter_name: str) -> None:
     """
-    Raise a `ValueError` if the schedule of an adapter that is to be trained, or what it is to adapt, cannot work, and
-    warn of options that are not read.
+    Check the options of an adapter that is going to be trained, and warn of those that AdaLoRA does not read.
+
+    Raises:
+        `ValueError`: If the ranks cannot work, or if the config targets single parameters.
     """
     if config.target_r > config.init_r:
         raise ValueError(
@@ -90,12 +92,12 @@ def check_options(config: AdaLoraConfig, adapter_name: str) -> None:
 
 
 def check_unpruned(tuner: Any, what_follows: str) -> None:
-    """Raise a `ValueError` if the adapter in training has not all of its ranks, which says what follows from it."""
+    """Raise a `ValueError` that ends with `what_follows` if a layer of the adapter in training has lost ranks."""
     adapter_name = tuner.trainable_adapter_name
     init_r = tuner.peft_config[adapter_name].init_r
     for name, layer in adapted_layers(tuner.model, adapter_name).items():
         check_not_flattened(layer.lora_E[adapter_name])
-        rank = whole_shape(layer.lora_E[adapter_name])[0]
+        rank = full_shape(layer.lora_E[adapter_name])[0]
         if rank != init_r:
             raise ValueError(
                 f"{name!r} has rank {rank} instead of init_r={init_r}, because the adapter was loaded pruned, so "
@@ -103,25 +105,32 @@ def check_unpruned(tuner: Any, what_follows: str) -> None:
             )
 
 
-def check_first_allocation(tuner: Any, global_step: int) -> None:
+def check_allocation(tuner: Any, global_step: int) -> None:
     """
-    At the first allocation of an AdaDoRA adapter, raise a `ValueError` if there is nothing to allocate, and warn if
-    AdaLoRA's regularization has not reached the loss.
+    Check that the adapter in training can be allocated at a step. At the first allocation of an AdaDoRA adapter, warn
+    if AdaLoRA's regularization has not reached the loss.
 
     Args:
-        tuner (`AdaLoraModel`): That of the adapter in training.
-        global_step (`int`): The step that an allocation is asked for.
+        tuner (`AdaLoraModel`): The model of the adapter in training.
+        global_step (`int`): The step, counted from 0.
+
+    Raises:
+        `ValueError`: If the adapter is gone, if no ranks have been decided when the budget phase ends, or if the
+            adapter was loaded pruned.
     """
-    adapter_name = tuner.trainable_adapter_name
-    config, allocator = tuner.peft_config[adapter_name], tuner.rankallocator
-    if allocator.has_started or not config.use_dora_adaptive:
-        return
+    adapter_name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"The adapter {adapter_name!r} that was in training has been deleted; add another to train.")
+    config = tuner.peft_config[adapter_name]
     last = config.total_step - config.tfinal
-    if global_step > last and not config.rank_pattern or global_step == last and not allocator.exp_avg_ipt:
+    undecided = not allocator.exp_avg_ipt if global_step == last else not allocator.kept and not config.rank_pattern
+    if global_step >= last and undecided:
         raise ValueError(
             f"`update_and_allocate({global_step})` is the first call, but the schedule ends its budget phase at step "
             f"{last}, so no ranks have been decided; call it after each optimizer step, from the first one on."
         )
+    if not config.use_dora_adaptive or allocator.exp_avg_ipt or allocator.kept:
+        return
     check_unpruned(
         tuner,
         "its schedule cannot start again; train on without `update_and_allocate`, or merge the adapter and train a "
@@ -132,4 +141,3 @@ def check_first_allocation(tuner: Any, global_step: int) -> None:
             "AdaLoRA's regularization has not reached the loss, because the model did not return one: set `task_type` "
             "and pass labels, or set `orth_reg_weight=0` to train without it."
         )
-    allocator.has_started = True

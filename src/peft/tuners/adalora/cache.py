@@ -1,0 +1,106 @@
+# Copyright 2026-present the HuggingFace Inc. team.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""m / n of each layer, cached while `generate()` of the model or PEFT's `DoraCaching()` lasts, and no longer.
+
+The cache belongs to the call of `generate()` or to the use of `DoraCaching()`, not to the layers. EMA libraries, SWA
+and much of PEFT write weights through `.data`, which shows in no counter, so nothing may outlast these two.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Optional
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .sharding import is_partitioned
+
+
+class Cache(WeakKeyDictionary):
+    """The scales of layers, each with the state of the tensors that it comes from."""
+
+    def __init__(self, in_training: bool) -> None:
+        super().__init__()
+        self.in_training = in_training  # also for layers in training mode
+
+
+_cache: ContextVar[Optional[Cache]] = ContextVar("adadora_cache", default=None)
+
+
+def swap_cache(cache: Optional[Cache]) -> Optional[Cache]:
+    """Use another cache, or none, in this thread. Returns the one that was in use."""
+    before = _cache.get()
+    _cache.set(cache)
+    return before
+
+
+@contextmanager
+def generation() -> Iterator[None]:
+    """A context that caches m / n for one `generate()` of the model."""
+    before = swap_cache(Cache(in_training=True))
+    try:
+        yield
+    finally:
+        swap_cache(before)
+
+
+def invalidate(layer: nn.Module) -> None:
+    """Drop what is cached of a layer."""
+    cache = _cache.get()
+    if cache is not None:
+        cache.pop(layer, None)
+
+
+def cached_scale(
+    layer: nn.Module, adapter_name: str, params: list[torch.Tensor], compute: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """`compute()`, which is m / n of a layer, from the cache if there is one and nothing has changed.
+
+    Args:
+        layer (`nn.Module`): The adapted layer.
+        adapter_name (`str`): Its active adapter.
+        params (`list[torch.Tensor]`): The parameters of the adapter. Nothing is cached if they need gradients.
+        compute (`Callable`): Computes m / n from `params` and the base weight.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or (cache := _cache.get()) is None:
+        return compute()
+    weight = layer.get_base_layer().weight
+    needs_grad = torch.is_grad_enabled() and any(param.requires_grad for param in params)
+    if needs_grad or (layer.training and not cache.in_training) or is_partitioned(weight):
+        cache.pop(layer, None)  # a training step may follow, and a fused optimizer does not count its writes
+        return compute()
+    tensors = [*_stored_tensors(weight), *params]
+    try:
+        state = [(tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors]
+    except RuntimeError:  # from inference mode, which counts no writes, or without storage, as under torch.func
+        return compute()
+    key = adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled(), state
+    cached_key, storages, scale = cache.get(layer, (None, (), None))
+    if cached_key != key or any(storage.expired() for storage in storages):
+        scale = compute()
+        if type(scale) is torch.Tensor:  # and not one that stands for a tensor while it is traced
+            # weak references keep no memory, and an address belongs to no other storage while they are valid
+            cache[layer] = key, [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors], scale
+    return scale
+
+
+def _stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that change with a weight: those that it wraps, or the weight itself."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight]
