@@ -15,6 +15,7 @@ import sys
 
 
 PACKAGE = "peft.tuners.adalora"
+MODULES = ("peft.helpers", "peft.tuners.mixed.model")
 SUPPORTED_PEFT = ">=0.21.0,<0.22"
 
 
@@ -23,12 +24,12 @@ def is_supported(version: str) -> bool:
     return version.split(".")[:2] == ["0", "21"]
 
 
-def overlay_folder() -> str:
-    """The folder of our modules of `PACKAGE`: inside `peft_adadora` when installed, in `src/` when editable."""
+def overlay_folder(package: str = PACKAGE) -> str:
+    """The folder of our modules of a package: inside `peft_adadora` when installed, in `src/` when editable."""
     here = os.path.dirname(os.path.abspath(__file__))
     installed = os.path.join(here, "peft_adadora", "peft")
     root = installed if os.path.isdir(installed) else os.path.join(here, "peft")
-    return os.path.join(root, "tuners", "adalora")
+    return os.path.join(root, *package.split(".")[1:])
 
 
 class OverlayFinder:
@@ -37,7 +38,7 @@ class OverlayFinder:
     @staticmethod
     def find_spec(name, path=None, target=None):
         package, is_stock, module = name.rpartition(".stock_")
-        if PACKAGE not in (name, package):
+        if PACKAGE not in (name, package) and name not in MODULES and f"{package}.{module}" not in MODULES:
             return None
         import warnings
         from importlib.machinery import PathFinder
@@ -56,6 +57,8 @@ class OverlayFinder:
                 "peft, or uninstall peft-adadora."
             )
             return spec
+        if name in MODULES:
+            return spec_from_file_location(name, overlay_folder(name) + ".py")
         folders = [overlay_folder(), *spec.submodule_search_locations]
         file = os.path.join(folders[0], "__init__.py")
         return spec_from_file_location(name, file, submodule_search_locations=folders)

@@ -122,8 +122,7 @@ class TestMemoryOfTheWeight:
         merged = merge(model)
         merged = model.base_model.model if merged is None else merged
         torch.testing.assert_close(merged["k"](X), expected)
-        assert torch.equal(fused[[0, 2]], before[[0, 2]])
-        assert not torch.equal(fused[1], before[1])
+        assert torch.equal(fused, before)  # the merged layer has a weight of its own
 
 
 class Twice(nn.Module):
@@ -546,7 +545,6 @@ class TestOffloadedWeights:
         for layer in svd_layers(model).values():
             if hasattr(layer.base_layer._hf_hook, "offload") and layer.base_layer._hf_hook.offload:
                 assert layer.base_layer.weight.is_meta
-                assert layer.kept.norm is None
 
 
 class TestSchedules:

@@ -52,7 +52,7 @@ class RankAllocator(stock.RankAllocator):
     parameters (DTensor) is the importance of the full ones, the same on every process.
 
     `kept` is the rank pattern that the final phase masks with: the one of the last allocation, or of the weights that
-    were loaded since. It is `None` before pruning begins.
+    were loaded since. `None` if there were neither.
     """
 
     kept: Optional[dict[str, list[bool]]] = None
@@ -61,7 +61,8 @@ class RankAllocator(stock.RankAllocator):
 
     def count_forward(self) -> None:
         """Count a forward pass in training, and warn once if there are many without an allocation."""
-        if torch.compiler.is_compiling() or self.exp_avg_ipt or self.kept:
+        is_pruned = self.kept is not None and not all(map(all, self.kept.values()))
+        if torch.compiler.is_compiling() or self.exp_avg_ipt or is_pruned:
             return
         self._forwards += 1
         if self._forwards == FORWARDS_UNTIL_WARNING:
@@ -129,19 +130,20 @@ class RankAllocator(stock.RankAllocator):
 
     def _update_averages(self, names: tuple[str, ...], importance: list[torch.Tensor]) -> None:
         """Take the importance of some parameters into their averages."""
-        for name, values in zip(names, importance):
-            if name not in self.exp_avg_ipt:
-                self.exp_avg_ipt[name], self.exp_avg_unc[name] = torch.zeros_like(values), torch.zeros_like(values)
-        self.ipt.update(zip(names, importance))
-        averages, uncertainties = ([score[name] for name in names] for score in (self.exp_avg_ipt, self.exp_avg_unc))
+        averages, uncertainties = (
+            [score[name].to(new) if name in score else torch.zeros_like(new) for name, new in zip(names, importance)]
+            for score in (self.exp_avg_ipt, self.exp_avg_unc)
+        )
         # a multiplication and an addition each, so that they round as PEFT's do: `lerp` would fuse them
-        torch._foreach_mul_(averages, self.beta1)
+        averages = torch._foreach_mul(averages, self.beta1)
         torch._foreach_add_(averages, torch._foreach_mul(importance, 1 - self.beta1))
         change = torch._foreach_sub(importance, averages)
         torch._foreach_abs_(change)
-        torch._foreach_mul_(change, 1 - self.beta2)
-        torch._foreach_mul_(uncertainties, self.beta2)
-        torch._foreach_add_(uncertainties, change)
+        uncertainties = torch._foreach_mul(uncertainties, self.beta2)
+        torch._foreach_add_(uncertainties, torch._foreach_mul(change, 1 - self.beta2))
+        self.ipt.update(zip(names, importance))
+        self.exp_avg_ipt.update(zip(names, averages))
+        self.exp_avg_unc.update(zip(names, uncertainties))
 
     def _gradient(self, name: str, param: nn.Parameter) -> Optional[torch.Tensor]:
         if self._gradients is not None and name in self._gradients.sums:
@@ -246,7 +248,8 @@ class RankAllocator(stock.RankAllocator):
             f"{name}.lora_E.{self.adapter_name}": layer.lora_E[self.adapter_name] for name, layer in layers.items()
         }
         if not any(lora_E.is_meta for lora_E in values.values()):
-            self.kept = kept_triplets({name: gather_full(lora_E) for name, lora_E in values.items()})
+            kept = kept_triplets({key: gather_full(lora_E) for key, lora_E in values.items()})
+            self.kept = kept if any(map(any, kept.values())) else None  # not of a new adapter
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
@@ -281,12 +284,6 @@ def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(torch._foreach_norm(tensors, torch.inf)) if tensors else []
 
 
-def kept_triplets(values_of_E: dict[str, torch.Tensor]) -> Optional[dict[str, list[bool]]]:
-    """
-    The triplets of each layer whose singular value is not exactly 0, by the keys of `values_of_E`, tensors (r, 1).
-
-    `None` if pruning has not begun, which shows in a layer that has lost some of its triplets: a layer that has got no
-    gradient yet, such as an expert without tokens, has only zeros.
-    """
-    kept = {key: (values != 0).view(-1).tolist() for key, values in values_of_E.items()}
-    return kept if any(any(mask) and not all(mask) for mask in kept.values()) else None
+def kept_triplets(values_of_E: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
+    """The triplets of each layer whose singular value is not exactly 0, by the keys of `values_of_E`, each (r, 1)."""
+    return {key: (values != 0).view(-1).tolist() for key, values in values_of_E.items()}

@@ -21,13 +21,16 @@ import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
 from . import stock_bnb as stock
+from .layer import AdaLoraLayer
 
 
-# PEFT's classes derive from our AdaLoraLayer, but have a forward pass of their own
+# PEFT's classes derive from our AdaLoraLayer behind nn.Module, and have a forward pass of their own.
 if is_bnb_available():
 
     class SVDLinear8bitLt(stock.SVDLinear8bitLt):
         """PEFT's 8-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
+
+        train = AdaLoraLayer.train
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             adapter_name = self.adadora_adapter_in_use()
@@ -38,6 +41,8 @@ if is_bnb_4bit_available():
 
     class SVDLinear4bit(stock.SVDLinear4bit):
         """PEFT's 4-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
+
+        train = AdaLoraLayer.train
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             adapter_name = self.adadora_adapter_in_use()

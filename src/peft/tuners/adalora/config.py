@@ -37,9 +37,12 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.
     """
 
-    # No field, so not saved. `AdaLoraCallback` sets it while the Trainer may write a checkpoint: pruned triplets are
-    # saved too, as zeros.
+    # No fields, so not saved. `AdaLoraCallback` sets this while the Trainer may write a checkpoint, which has pruned
+    # triplets too, as zeros.
     saves_all_ranks = False
+    # The pattern of the last extracted state dict, until the next allocation. It also keeps pruned triplets that the
+    # optimizer has moved off zero.
+    saved_rank_pattern = None
 
     use_dora_adaptive: bool = field(
         default=False,
@@ -70,4 +73,5 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         its magnitudes.
         """
         saved = {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
-        return {**saved, "rank_pattern": None} if self.saves_all_ranks else saved
+        rank_pattern = None if self.saves_all_ranks else self.saved_rank_pattern or saved["rank_pattern"]
+        return {**saved, "rank_pattern": rank_pattern}

@@ -15,6 +15,8 @@
 """PEFT's AdaLoRA layers with a magnitude for each AdaDoRA adapter, and with AdaDoRA as their variant."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -68,10 +70,12 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
             check_magnitude_support(self.get_base_layer())
             self.quantization_backend = self.quantization_backend or resolve_backend(self.get_base_layer())
         learned = self.lora_magnitude.pop(adapter_name) if adapter_name in self.lora_magnitude else None
-        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
-        if learned is not None:
-            learned.data = learned.data.to(self.lora_E[adapter_name].device)
-            self.lora_magnitude[adapter_name] = learned
+        try:
+            super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+        finally:
+            if learned is not None:
+                learned.data = learned.data.to(self.lora_E[adapter_name].device)
+                self.lora_magnitude[adapter_name] = learned
         if config.use_dora_adaptive:
             # not `resolve_lora_variant`, which refuses options of LoRA's other variants that AdaLoRA does not read
             self.lora_variant[adapter_name] = self.lora_variants["use_dora_adaptive",]
@@ -82,15 +86,23 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         if adapter_name not in self.lora_magnitude:
             return super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        parts = (self.lora_A, self.lora_E, self.lora_B, self.ranknum)
-        requires_grad = [part[adapter_name].requires_grad for part in parts]
         magnitude = self.lora_magnitude[adapter_name]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        # PEFT casts a magnitude to the dtype of the weight, and makes parameters that are trained of all that it casts
+        with self.preserve_requires_grad(adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        # PEFT has cast it to the dtype of the weight
         magnitude.data = magnitude.data.to(self.lora_magnitude[adapter_name].device)
         self.lora_magnitude[adapter_name] = magnitude
-        for part, was_trained in zip(parts, requires_grad):
-            part[adapter_name].requires_grad_(was_trained)
+
+    @contextmanager
+    def preserve_requires_grad(self, adapter_name: str) -> Iterator[None]:
+        """A context in which PEFT may cast an adapter: it makes trained parameters of all that it casts."""
+        parts = (self.lora_A, self.lora_E, self.lora_B, self.ranknum)
+        requires_grad = [part[adapter_name].requires_grad for part in parts]
+        try:
+            yield
+        finally:
+            for part, was_trained in zip(parts, requires_grad):
+                part[adapter_name].requires_grad_(was_trained)
 
     def reset_lora_parameters(self, adapter_name: str) -> None:
         super().reset_lora_parameters(adapter_name)
@@ -117,7 +129,7 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
 
     def train(self, mode: bool = True) -> "AdaLoraLayer":
         invalidate(self)  # as PEFT's DoRA does
-        return super().train(mode)
+        return nn.Module.train(self, mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """

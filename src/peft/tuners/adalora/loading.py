@@ -59,7 +59,7 @@ def keep_triplets(layer: nn.Module, adapter_name: str, kept: list[bool] | torch.
 def weights_by_model_name(weights: Weights, state_dict: Weights, model: nn.Module, adapter_name: str) -> Weights:
     """
     The weights to save by their names without wrappers. Adds what PEFT leaves out: weights of `state_dict` where a
-    module is wrapped, and weights of AdaDoRA where another adapter is called like a module.
+    module is wrapped, and weights where another adapter is called like a module.
     """
     given = {unwrapped_name(key): value for key, value in (*state_dict.items(), *weights.items())}
     others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
@@ -69,7 +69,7 @@ def weights_by_model_name(weights: Weights, state_dict: Weights, model: nn.Modul
             key = f"{name}.{part}.{adapter_name}"
             if key in given:
                 exact[key] = given[key]
-            elif adapter_name in layer.lora_magnitude:
+            elif adapter_name in getattr(layer, part):
                 exact[key] = gather_full(getattr(layer, part)[adapter_name])
     return exact
 
@@ -77,23 +77,32 @@ def weights_by_model_name(weights: Weights, state_dict: Weights, model: nn.Modul
 def without_pruned(weights: Weights, config: AdaLoraConfig, adapter_name: str) -> Weights:
     """
     The weights to save, by their names in the model, without pruned triplets. E tells them for AdaDoRA, and the rank
-    pattern of the last allocation for plain AdaLoRA. The rank pattern of `config` then fits what is saved.
+    pattern of the last allocation for plain AdaLoRA. As in PEFT, the pattern of `config` loses the adapter's name.
     """
+    pattern = {f"{layer_of_E(key, adapter_name)}.lora_E": kept for key, kept in (config.rank_pattern or {}).items()}
+    config.rank_pattern = pattern or config.rank_pattern
     values_of_E = {key: value for key, value in weights.items() if part_of(key, adapter_name) == "lora_E"}
-    if config.saves_all_ranks or any(map(is_sharded, values_of_E.values())):  # each process saves a part of all ranks
-        return weights
-    if config.use_dora_adaptive:
-        kept = kept_triplets(values_of_E) or {}
-        config.rank_pattern = {key_of_E(layer_of_E(key, adapter_name)): mask for key, mask in kept.items()} or None
+
+    def key_of(key: str) -> str:
+        return key_of_E(layer_of_E(key, adapter_name))
+
+    kept = {}
+    if config.saves_all_ranks:
+        pass
+    elif any(map(is_sharded, values_of_E.values())):
+        kept = {key: [True] * len(value) for key, value in values_of_E.items()}  # each process saves a part
+    elif config.use_dora_adaptive:
+        kept = kept_triplets(values_of_E)
+        if not pattern and not any(any(mask) and not all(mask) for mask in kept.values()):
+            kept = {}  # pruning has not begun: a layer of zeros has got no gradient yet, as an expert without tokens
     else:
-        pattern = {
-            f"{layer_of_E(key, adapter_name)}.lora_E": mask for key, mask in (config.rank_pattern or {}).items()
-        }
-        config.rank_pattern = pattern or config.rank_pattern
-        kept = {key: pattern[name] for key in values_of_E for name in _keys_of_E(key, adapter_name) if name in pattern}
+        keys = {name: key for key in values_of_E for name in (key.removesuffix(f".{adapter_name}"), key_of(key))}
+        kept = {keys[name]: mask for name, mask in pattern.items() if name in keys}
+    if config.use_dora_adaptive:
+        config.saved_rank_pattern = {key_of(key): mask for key, mask in kept.items()} or None
     saved = dict(weights)
     for key, mask in kept.items():
-        indices = torch.as_tensor(mask).view(-1).nonzero().view(-1)
+        indices = torch.as_tensor(mask).nonzero().view(-1)
         for part, dim in DIM_OF_RANK.items():
             name = f"{layer_of_E(key, adapter_name)}.{part}.{adapter_name}"
             if saved[name].shape[dim] == len(mask) != len(indices):
@@ -101,75 +110,65 @@ def without_pruned(weights: Weights, config: AdaLoraConfig, adapter_name: str) -
     return saved
 
 
-def _keys_of_E(key: str, adapter_name: str) -> set[str]:
-    """The keys of a weight E in rank patterns of PEFT, which may have the prefix of a PeftModel or not."""
-    layer_name = layer_of_E(key, adapter_name)
-    return {f"{layer_name}.lora_E", key_of_E(layer_name)}
+def by_file_name(weights: Weights, adapter_name: str) -> Weights:
+    """Weights to load by the names that a saved adapter has, whatever prefix or wrappers are in theirs."""
+    return {name_in_file(unwrapped_name(key), adapter_name): value for key, value in weights.items()}
 
 
-def weights_of_layers(weights: Weights, model: nn.Module, adapter_name: str) -> Weights:
-    """The weights to load, by their names in the model without wrappers, which PEFT does not find behind wrappers."""
-    names = {
-        name_in_file(key, adapter_name): key
-        for name in adapted_layers(model, adapter_name)
-        for part in WEIGHTS
-        for key in [f"{name}.{part}.{adapter_name}"]
-    }
-    exact = {unwrapped_name(key): value for key, value in weights.items()}
-    return {names.get(key, key): value for key, value in exact.items()}
-
-
-def wrapped_weights(weights: Weights, model: nn.Module) -> Weights:
-    """The weights to load, by the names in the state dict of the model, which has the names of wrappers."""
-    if all(name == unwrapped_name(name) for name, _ in model.named_modules()):
-        return weights
-    wrapped = {unwrapped_name(key): key for key in model.state_dict()}
-    return {wrapped.get(key, key): value for key, value in weights.items()}
+def by_model_name(weights: Weights, model: nn.Module, adapter_name: str) -> Weights:
+    """Weights to load by the names in the state dict of the model, which has the names of wrappers."""
+    keys = [key for key in model.state_dict() if key.endswith(f".{adapter_name}")]
+    names = dict(zip(by_file_name(dict.fromkeys(keys), adapter_name), keys))
+    return {names.get(key, key): value for key, value in weights.items()}
 
 
 def check_loaded_weights(
     weights: Weights, layers: dict[str, nn.Module], config: AdaLoraConfig, adapter_name: str
 ) -> None:
     """
-    Check that loaded weights, by their names in the model, belong to the adapter of `layers`.
+    Check that weights, by the names of a saved adapter, belong to the adapter of `layers`.
 
     Raises:
         `ValueError`:
             If a weight is missing, unknown, of the wrong shape, or not finite. PEFT checks the weights of plain
             AdaLoRA; here, they must have no magnitude.
     """
-    parts = {key: part_of(key, adapter_name) for key in weights}
     if not config.use_dora_adaptive:
-        for key in (key for key, part in parts.items() if part == "lora_magnitude"):
+        for key in (key for key in weights if part_of(key, adapter_name) == "lora_magnitude"):
             raise ValueError(
-                f"The weights of the adapter have {name_in_file(key, adapter_name)!r} but its config does not say "
-                "`use_dora_adaptive=True`, so it would be used without its magnitudes."
+                f"The weights of the adapter have {key!r} but its config does not say `use_dora_adaptive=True`, so it "
+                "would be used without its magnitudes."
             )
         return
     shapes = {}
     for name, layer in layers.items():
-        lora_E = layer.lora_E[adapter_name]
-        rank = len(weights.get(f"{name}.lora_E.{adapter_name}", lora_E))
-        in_features, out_features = layer.lora_A[adapter_name].shape[1], len(layer.lora_B[adapter_name])
-        shapes[f"{name}.lora_magnitude.{adapter_name}"] = (out_features, 1)
-        shapes[f"{name}.lora_E.{adapter_name}"] = (rank, 1)
-        shapes[f"{name}.lora_A.{adapter_name}"] = (rank, in_features)
-        shapes[f"{name}.lora_B.{adapter_name}"] = (out_features, rank)
-    for key, part in parts.items():
-        if key not in shapes and part.startswith("lora_"):
-            raise ValueError(
-                f"The weights of the adapter have {name_in_file(key, adapter_name)!r}, for which the model has no "
-                "place."
-            )
+        of_layer = {part: name_in_file(f"{name}.{part}", adapter_name) for part in WEIGHTS}
+        lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        rank = len(weights.get(of_layer["lora_E"], lora_A))
+        shapes[of_layer["lora_magnitude"]] = (len(lora_B), 1)
+        shapes[of_layer["lora_E"]] = (rank, 1)
+        shapes[of_layer["lora_A"]] = (rank, lora_A.shape[1])
+        shapes[of_layer["lora_B"]] = (len(lora_B), rank)
+    for key in weights.keys() - shapes.keys():
+        if part_of(key, adapter_name).startswith("lora_"):
+            raise ValueError(f"The weights of the adapter have {key!r}, for which the model has no place.")
     for key, shape in shapes.items():
-        what = f"{name_in_file(key, adapter_name)!r} in the weights of the adapter"
         if key not in weights:
-            raise ValueError(f"{name_in_file(key, adapter_name)!r} is missing from the weights of the adapter.")
+            raise ValueError(f"{key!r} is missing from the weights of the adapter.")
         if tuple(weights[key].shape) != shape:
             found = tuple(weights[key].shape)
-            raise ValueError(f"{what} has the shape {found}, but the model needs {shape}.")
+            raise ValueError(
+                f"{key!r} in the weights of the adapter has the shape {found}, but the model needs {shape}."
+            )
         if not torch.isfinite(weights[key]).all():
-            raise ValueError(f"{what} is not finite.")
+            raise ValueError(f"{key!r} in the weights of the adapter is not finite.")
+
+
+def has_ranks_of(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> bool:
+    """Whether an adapter has the ranks of the weights that are loaded into it."""
+    ranks = {name: len(layer.lora_E[adapter_name]) for name, layer in layers.items()}
+    names = {name: name_in_file(f"{name}.lora_E", adapter_name) for name in layers}
+    return all(len(weights[key]) == ranks[name] for name, key in names.items() if key in weights)
 
 
 def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> Weights:
@@ -182,37 +181,30 @@ def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str)
     Raises:
         `ValueError`: If an adapter in training has too few ranks; nothing has changed then.
     """
-    ranks = {name: len(weights[f"{name}.lora_E.{adapter_name}"]) for name in layers}
-    changed = {name: layer for name, layer in layers.items() if len(layer.lora_E[adapter_name]) != ranks[name]}
-    if not _is_in_training(layers, adapter_name):
-        for name, layer in changed.items():
-            set_rank(layer, adapter_name, ranks[name])
-        return weights
-    for name, layer in changed.items():
-        rank = len(layer.lora_E[adapter_name])
-        if ranks[name] > rank:
+    in_training = _is_in_training(layers, adapter_name)
+    fitted = dict(weights)
+    for name, layer in layers.items():
+        rank, live_rank = len(weights[name_in_file(f"{name}.lora_E", adapter_name)]), len(layer.lora_E[adapter_name])
+        if rank > live_rank and in_training:
             raise ValueError(
-                f"The weights of {name!r} have rank {ranks[name]}, but the adapter in training has rank {rank}; load "
+                f"The weights of {name!r} have rank {rank}, but the adapter in training has rank {live_rank}; load "
                 "them into a new adapter."
             )
-    fitted = dict(weights)
-    for name, layer in changed.items():
-        for part, dim in DIM_OF_RANK.items():
-            key, live = f"{name}.{part}.{adapter_name}", gather_full(getattr(layer, part)[adapter_name])
-            rest = live.narrow(dim, ranks[name], live.shape[dim] - ranks[name]).to(weights[key])
+        for part, dim in DIM_OF_RANK.items() if rank < live_rank and in_training else ():
+            key, live = name_in_file(f"{name}.{part}", adapter_name), gather_full(getattr(layer, part)[adapter_name])
+            rest = live.narrow(dim, rank, live_rank - rank).to(weights[key])
             fitted[key] = torch.cat([weights[key], torch.zeros_like(rest) if part == "lora_E" else rest], dim)
+    for name, layer in layers.items() if not in_training else ():
+        set_rank(layer, adapter_name, len(weights[name_in_file(f"{name}.lora_E", adapter_name)]))
     return fitted
 
 
 def _is_in_training(layers: dict[str, nn.Module], adapter_name: str) -> bool:
     """Whether the parameters of an adapter have to keep their shapes, because an optimizer has trained them."""
     values_of_E = [layer.lora_E[adapter_name] for layer in layers.values()]
-    if any(map(is_sharded, values_of_E)) or any(map(has_master_copy, values_of_E)):
-        return True
-    return any(lora_E.requires_grad and not lora_E.is_meta and bool(lora_E.any()) for lora_E in values_of_E)
-
-
-def has_ranks_of(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> bool:
-    """Whether an adapter has the ranks of the weights that are loaded into it."""
-    values_of_E = {f"{name}.lora_E.{adapter_name}": layer.lora_E[adapter_name] for name, layer in layers.items()}
-    return all(len(weights.get(key, lora_E)) == len(lora_E) for key, lora_E in values_of_E.items())
+    return any(
+        is_sharded(lora_E)
+        or has_master_copy(lora_E)
+        or (lora_E.requires_grad and not lora_E.is_meta and bool(lora_E.any()))
+        for lora_E in values_of_E
+    )

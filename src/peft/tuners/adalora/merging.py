@@ -125,13 +125,16 @@ def check_not_tied(model: nn.Module, layers: list[nn.Module]) -> None:
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                holders[_address(tensor)].append(module)
+                holders[_storage(tensor)].append((module, tensor))
         for child in module.children():
-            holders[id(child)].append(module)
+            holders[id(child)].append((module, None))
     for layer in layers:
         base_layer = layer.get_base_layer()
-        others = [module for module in holders[id(base_layer)] if not isinstance(module, BaseTunerLayer)]
-        for module in (*holders[_address(base_layer.weight)], *others):
+        weight = base_layer.weight
+        # a part of a larger tensor gets a memory of its own
+        changed = [module for module, tensor in holders[_storage(weight)] if tensor is weight or fills_storage(weight)]
+        changed += [module for module, _ in holders[id(base_layer)] if not isinstance(module, BaseTunerLayer)]
+        for module in changed:
             if module is not base_layer:
                 raise NotImplementedError(
                     f"The base weight of {names[id(layer)]!r} also belongs to {names[id(module)] or 'the model'!r}, "
@@ -140,9 +143,9 @@ def check_not_tied(model: nn.Module, layers: list[nn.Module]) -> None:
                 )
 
 
-def _address(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors that start at the same element of the same storage."""
+def _storage(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors of the same storage."""
     try:
-        return tensor.data_ptr() or id(tensor)
+        return tensor.untyped_storage().data_ptr() or id(tensor)
     except (NotImplementedError, RuntimeError):  # from a tensor that wraps others
         return id(tensor)

@@ -17,13 +17,12 @@
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import loading
@@ -95,6 +94,7 @@ class AdaLoraModel(stock.AdaLoraModel):
             # a copy, because the config may serve other models; without the ranks of another adapter
             config = self.peft_config[adapter_name] = copy.copy(config)
             config.rank_pattern = config.rank_pattern if config.inference_mode else None
+            config.saved_rank_pattern = None
         trainable = [param for param in self.model.parameters() if param.requires_grad]
         with warnings.catch_warnings():
             # the keys of AdaLoRA's pattern name E, not the module, so PEFT says that it ignores them
@@ -126,11 +126,14 @@ class AdaLoraModel(stock.AdaLoraModel):
             stock.AdaLoraModel._create_and_replace(self, lora_config, adapter_name, target, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for layer in self._layers() if not autocast_adapter_dtype else ():
-            if adapter_name in layer.lora_magnitude:
-                magnitude = layer.lora_magnitude[adapter_name]
-                magnitude.data = magnitude.data.to(layer.lora_E[adapter_name].dtype)
+        layers = [layer for layer in self._layers() if adapter_name in layer.lora_magnitude]
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.preserve_requires_grad(adapter_name))
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for layer in layers if not autocast_adapter_dtype else ():
+            magnitude = layer.lora_magnitude[adapter_name]
+            magnitude.data = magnitude.data.to(layer.lora_E[adapter_name].dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         self._check_unmerge()
@@ -183,6 +186,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         """
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
+        config.saved_rank_pattern = None
         if global_step > config.total_step - config.tfinal:
             config.rank_pattern = self.rankallocator.kept or config.rank_pattern
         stock.AdaLoraModel.update_and_allocate(self, global_step)
@@ -225,9 +229,8 @@ class AdaLoraModel(stock.AdaLoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # the mapping alone, so that the weights are checked before anything changes
-        weights = super(LoraModel, cls)._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        weights = loading.weights_of_layers(weights, model, adapter_name)
+        # not PEFT's implementation, which resizes the model before the weights are checked, and knows no wrappers
+        weights = loading.by_file_name(state_dict, adapter_name)
         layers = adapted_layers(model, adapter_name)
         loading.check_loaded_weights(weights, layers, config, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
@@ -238,10 +241,13 @@ class AdaLoraModel(stock.AdaLoraModel):
                 tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
             if tuner is not None and tuner._adapter_in_training() == adapter_name:
                 tuner.rankallocator.reset_ipt()  # the averages belong to triplets in another order
-        return loading.wrapped_weights(weights, model)
+        return loading.by_model_name(weights, model, adapter_name)
 
 
 def _read_kept(tuner: AdaLoraModel, incompatible_keys: Any) -> None:
-    """Tell the allocator which triplets the loaded weights keep."""
-    if tuner._adapter_in_training() is not None:
+    """Tell the allocator which triplets the loaded weights keep, if weights of its adapter have been loaded."""
+    adapter_name = tuner._adapter_in_training()
+    if adapter_name is not None and not any(
+        key.endswith(f".lora_E.{adapter_name}") for key in incompatible_keys.missing_keys
+    ):
         tuner.rankallocator.read_kept(tuner.model)

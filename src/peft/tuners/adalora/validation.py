@@ -26,7 +26,7 @@ from .sharding import check_not_flattened, full_shape
 
 
 # LoRA's options without an effect on AdaLoRA, besides `r`, of which PEFT warns
-UNREAD_OPTIONS = (
+UNREAD_OPTIONS = [
     "alora_invocation_tokens",
     "alpha_pattern",
     "arrow_config",
@@ -41,7 +41,7 @@ UNREAD_OPTIONS = (
     "use_qalora",
     "use_rslora",
     "velora_config",
-)
+]
 
 
 def check_name(adapter_name: str) -> None:
@@ -124,12 +124,12 @@ def check_allocation(tuner: Any, global_step: int) -> None:
     config = tuner.peft_config[adapter_name]
     last = config.total_step - config.tfinal
     undecided = not allocator.exp_avg_ipt if global_step == last else not allocator.kept and not config.rank_pattern
-    if global_step >= last and undecided:
+    if config.use_dora_adaptive and global_step >= last and undecided:
         raise ValueError(
             f"`update_and_allocate({global_step})` is the first call, but the schedule ends its budget phase at step "
             f"{last}, so no ranks have been decided; call it after each optimizer step, from the first one on."
         )
-    if not config.use_dora_adaptive or allocator.exp_avg_ipt or allocator.kept:
+    if not config.use_dora_adaptive or allocator.exp_avg_ipt or global_step > last:
         return
     check_unpruned(
         tuner,

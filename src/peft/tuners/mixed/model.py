@@ -1,0 +1,61 @@
+# Copyright 2026-present the HuggingFace Inc. team.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""PEFT's mixed model, which checks what AdaDoRA refuses for the whole model before any layer changes."""
+
+from collections import defaultdict
+from typing import Any, Optional
+
+from torch import nn
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ..adalora.layer import AdaLoraLayer
+from ..adalora.merging import check_merge
+from ..adalora.validation import check_sole_adapter
+from . import stock_model as stock
+from .stock_model import *
+
+
+class MixedModel(stock.MixedModel):
+    __doc__ = stock.MixedModel.__doc__
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_active(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
+        return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+
+    def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
+        self._check_active(adapter_names or self.active_adapters)
+        layers = [module for module in self.model.modules() if isinstance(module, AdaLoraLayer)]
+        check_merge(self.model, layers, adapter_names, safe_merge)
+
+    def _check_active(self, adapter_names: str | list[str]) -> None:
+        """Raise a `NotImplementedError` if an AdaDoRA adapter shares its base layer with another active adapter."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        active, adadora = defaultdict(list), set()
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer):  # which may be the base layer of another
+                active[module.get_base_layer()] += [name for name in names if name in module._get_available_adapters()]
+                adadora.update(getattr(module, "lora_magnitude", ()))
+        for sharing in active.values():
+            check_sole_adapter(sharing, adadora)
