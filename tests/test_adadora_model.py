@@ -474,3 +474,23 @@ class TestDtypes:
         with torch.device("meta"):
             model = make_peft_mlp()
         assert all(p.is_meta for name, p in model.named_parameters() if "lora_" in name)
+
+    def test_a_learned_magnitude_follows_its_adapter_to_the_device_of_the_base_layer(self):
+        # meta stands for another device
+        layer = make_layer(24, 40, 4)
+        layer.update_layer("other", 3, lora_alpha=7, config=make_config())
+        layer.get_base_layer().to("meta")
+        layer.update_layer("default", 4, lora_alpha=12, config=make_config())
+        parts = (layer.lora_A, layer.lora_E, layer.lora_B, layer.lora_magnitude)
+        assert all(part["default"].is_meta for part in parts)
+        assert layer.lora_magnitude["default"].requires_grad
+        # an adapter stays where it is if another one moves
+        assert not any(part["other"].is_meta for part in parts)
+
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    def test_a_magnitude_that_is_loaded_follows_its_adapter_to_the_device_of_the_base_layer(
+        self, tmp_path, low_cpu_mem_usage
+    ):
+        make_peft_mlp().save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(make_mlp().to("meta"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert {p.device.type for name, p in model.named_parameters() if "lora_" in name} == {"meta"}

@@ -35,6 +35,8 @@ TESTS = [
     "test_adadora_model.py",
     "test_layer_kinds.py",
     "test_exactness.py",
+    "test_rank_allocator.py",
+    "test_skipped_steps.py",
 ]
 
 
@@ -152,6 +154,42 @@ MUTANTS = [
             ),
         ),
         first="test_adadora_model.py",
+    ),
+    Mutant(
+        "sum the scores of a vector instead of averaging them",
+        (Edit("allocator.py", ".mean(dim=1 + dim)", ".sum(dim=1 + dim)"),),
+        first="test_rank_allocator.py",
+    ),
+    Mutant(
+        "leave the score of B out",
+        (Edit("allocator.py", "score_of_E + (score_of_A + score_of_B)", "score_of_E + score_of_A"),),
+        first="test_rank_allocator.py",
+    ),
+    Mutant(
+        "leave a layer out of the allocation",
+        (
+            Edit(
+                "allocator.py",
+                '{self.adapter_name}" for name in layers)',
+                '{self.adapter_name}" for name in layers)[1:]',
+            ),
+        ),
+        first="test_rank_allocator.py",
+    ),
+    Mutant(
+        "allocate after a step that a gradient scaler skipped",
+        (Edit("callback.py", 'getattr(optimizer, "step_was_skipped", False)', "False"),),
+        first="test_skipped_steps.py",
+    ),
+    Mutant(
+        "leave the magnitude behind when its adapter moves to another device",
+        (Edit("layer.py", "learned.data.to(self.lora_E[adapter_name].device)", "learned.data"),),
+        first="test_adadora_model.py",
+    ),
+    Mutant(
+        "keep m / n after a generation",
+        (Edit("kept.py", "layer.kept.generation = layer.kept.scales = None", "pass"),),
+        first="test_exactness.py",
     ),
     Mutant(
         "train the number that the update is divided by",
