@@ -15,6 +15,7 @@
 """AdaLoRA's rank allocator with exact adapter names, batched scores, and a state that can be saved."""
 
 import warnings
+from collections import defaultdict
 from itertools import islice
 from typing import Optional
 
@@ -180,30 +181,31 @@ class RankAllocator(stock.RankAllocator):
             return None
         scores = self._triplet_scores()
         pruned = self.init_bgt - budget
-        threshold = scores.kthvalue(pruned)[0] if pruned else -torch.inf
-        ranks = [len(self.exp_avg_ipt[name % "lora_E"]) for name in self.name_set]
-        kept = iter((~(scores <= threshold)).tolist())
-        self.kept = {name % "lora_E": list(islice(kept, rank)) for name, rank in zip(self.name_set, ranks)}
+        together = torch.cat([score.to(scores[0].device) for score in scores])
+        threshold = together.kthvalue(pruned)[0] if pruned else together.new_tensor(-torch.inf)
+        # PEFT compares the scores of a layer with the threshold in the dtype of the layer
+        thresholds = {dtype: threshold.to(dtype) for dtype in {score.dtype for score in scores}}
+        limits = torch.cat([thresholds[score.dtype].expand(len(score)) for score in scores])
+        kept = iter((~(together <= limits)).tolist())
+        self.kept = {name % "lora_E": list(islice(kept, len(score))) for name, score in zip(self.name_set, scores)}
         self.mask_using_rank_pattern(model, self.kept)
         return self.kept
 
-    def _triplet_scores(self) -> torch.Tensor:
+    def _triplet_scores(self) -> list[torch.Tensor]:
         """
-        The importance of all triplets, one layer of `name_set` after the other: the importance of the singular value
-        plus the mean importance of each vector's elements. Parameters of equal shape are averaged at once.
+        The importance of the triplets of each layer of `name_set`, (r,): the importance of the singular value plus the
+        mean importance of each vector's elements. Parameters of equal shape are averaged at once.
         """
-        scores = []
+        means, groups = {}, defaultdict(list)
         for part, dim in (("lora_E", 1), ("lora_A", 1), ("lora_B", 0)):
-            groups, means = {}, {}
             for name in self.name_set:
                 score = self.exp_avg_ipt[name % part]
-                groups.setdefault((score.shape, score.dtype, score.device), []).append(name)
-            for names in groups.values():
-                ipt, unc = (torch.stack([getattr(self, kind)[name % part] for name in names]) for kind in AVERAGES)
-                means.update(zip(names, ipt.mul_(unc).mean(dim=1 + dim)))
-            scores.append(torch.cat([means[name] for name in self.name_set]))
-        score_of_E, score_of_A, score_of_B = scores
-        return score_of_E + (score_of_A + score_of_B)
+                groups[dim, score.shape, score.dtype, score.device].append(name % part)
+        for (dim, *_), names in groups.items():
+            ipt, unc = (torch.stack([getattr(self, kind)[name] for name in names]) for kind in AVERAGES)
+            means.update(zip(names, ipt.mul_(unc).mean(dim=1 + dim)))
+        of_E, of_A, of_B = ([means[name % part] for name in self.name_set] for part in ("lora_E", "lora_A", "lora_B"))
+        return torch._foreach_add(of_E, torch._foreach_add(of_A, of_B))
 
     @torch.no_grad()
     def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:

@@ -85,18 +85,18 @@ def cached_scale(
         cache.pop(layer, None)  # a training step may follow, and a fused optimizer does not count its writes
         return compute()
     tensors = [*_stored_tensors(weight), *params]
+    key = adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled()
     try:
         state = [(tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors]
-    except RuntimeError:  # from inference mode, which counts no writes, or without storage, as under torch.func
-        return compute()
-    key = adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled(), state
-    cached_key, storages, scale = cache.get(layer, (None, (), None))
-    if cached_key != key or any(storage.expired() for storage in storages):
-        scale = compute()
-        if type(scale) is torch.Tensor:  # and not one that stands for a tensor while it is traced
+        cached_key, storages, scale = cache.get(layer, (None, (), None))
+        if cached_key != (key, state) or any(storage.expired() for storage in storages):
+            scale = compute()
             # weak references keep no memory, and an address belongs to no other storage while they are valid
-            cache[layer] = key, [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors], scale
-    return scale
+            storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*tensors, scale)]
+            cache[layer] = (key, state), storages, scale
+        return scale
+    except RuntimeError:  # tensors from inference mode count no writes; those of torch.func have no storage
+        return compute()
 
 
 def _stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -74,8 +74,7 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         finally:
             if learned is not None:
-                learned.data = learned.data.to(self.lora_E[adapter_name].device)
-                self.lora_magnitude[adapter_name] = learned
+                self.lora_magnitude[adapter_name] = _on_device(learned, self.lora_E[adapter_name].device)
         if config.use_dora_adaptive:
             # not `resolve_lora_variant`, which refuses options of LoRA's other variants that AdaLoRA does not read
             self.lora_variant[adapter_name] = self.lora_variants["use_dora_adaptive",]
@@ -90,8 +89,7 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         with self.preserve_requires_grad(adapter_name):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         # PEFT has cast it to the dtype of the weight
-        magnitude.data = magnitude.data.to(self.lora_magnitude[adapter_name].device)
-        self.lora_magnitude[adapter_name] = magnitude
+        self.lora_magnitude[adapter_name] = _on_device(magnitude, self.lora_magnitude[adapter_name].device)
 
     @contextmanager
     def preserve_requires_grad(self, adapter_name: str) -> Iterator[None]:
@@ -175,6 +173,11 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
             return result
         with onloaded(self.get_base_layer()):
             return self.lora_variant[adapter_name].forward(self, adapter_name, x, result)
+
+
+def _on_device(param: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """The parameter itself if it is on the device, or else a copy there."""
+    return param if param.device == device else nn.Parameter(param.detach().to(device), param.requires_grad)
 
 
 class SVDLinear(AdaLoraLayer, stock.SVDLinear):
