@@ -93,7 +93,8 @@ def cached_scale(
             scale = compute()
             # weak references keep no memory, and an address belongs to no other storage while they are valid
             storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*tensors, scale)]
-            cache[layer] = (key, state), storages, scale
+            if type(scale) is torch.Tensor:  # and not a fake one of a tracer
+                cache[layer] = (key, state), storages, scale
         return scale
     except RuntimeError:  # tensors from inference mode count no writes; those of torch.func have no storage
         return compute()
