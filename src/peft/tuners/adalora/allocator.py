@@ -15,24 +15,15 @@
 """AdaLoRA's rank allocator with exact adapter names, batched scores, and a state that can be saved."""
 
 import warnings
-from collections import defaultdict
-from itertools import islice
 from typing import Optional
 
 import torch
 from torch import nn
 
+from . import sharding
 from . import stock_layer as stock
+from .importance import all_finite, keep_most_important, kept_triplets, mean_importance, updated_averages
 from .parameter_names import FACTORS, adapted_layers, layer_of_E
-from .sharding import (
-    GradientCapture,
-    check_not_flattened,
-    copy_full_,
-    full_shape,
-    gather_full,
-    has_master_copy,
-    is_sharded,
-)
 
 
 # Warn after this many training forwards without an allocation.
@@ -57,7 +48,7 @@ class RankAllocator(stock.RankAllocator):
     """
 
     kept: Optional[dict[str, list[bool]]] = None
-    _gradients: Optional[GradientCapture] = None
+    _gradients: Optional[sharding.GradientCapture] = None
     _forwards = 0
 
     def count_forward(self) -> None:
@@ -81,13 +72,13 @@ class RankAllocator(stock.RankAllocator):
             for part in FACTORS
         }
         for factor in factors.values():
-            check_not_flattened(factor)
+            sharding.check_not_flattened(factor)
         return factors
 
     def _set_budget_scheduler(self, model: nn.Module) -> None:
         layers = adapted_layers(model, self.adapter_name)
         self.name_set = sorted(f"{name}.%s.{self.adapter_name}" for name in layers)
-        self.init_bgt = sum(full_shape(layer.lora_A[self.adapter_name])[0] for layer in layers.values())
+        self.init_bgt = sum(sharding.full_shape(layer.lora_A[self.adapter_name])[0] for layer in layers.values())
         self.target_bgt = self.peft_config.target_r * len(layers)
 
     @torch.no_grad()
@@ -111,7 +102,7 @@ class RankAllocator(stock.RankAllocator):
             self._gradients.sums.clear()
         groups = {}
         for name, param in params.items():
-            groups.setdefault((param.device, param.dtype, is_sharded(param)), []).append(name)
+            groups.setdefault((param.device, param.dtype, sharding.is_sharded(param)), []).append(name)
         importance = {}
         for (*_, sharded), names in groups.items():
             factors = [params[name].detach() for name in names]
@@ -123,33 +114,22 @@ class RankAllocator(stock.RankAllocator):
             products = [product.full_tensor() for product in products] if sharded else products
             torch._foreach_abs_(products)
             importance[tuple(names)] = products
-        largest = [norm for values in importance.values() for norm in _largest(values)]
-        if largest and not torch.stack([norm.to(largest[0]) for norm in largest]).isfinite().all():
+        if not all(map(all_finite, importance.values())):
             return
         for names, values in importance.items():
-            self._update_averages(names, values)
-
-    def _update_averages(self, names: tuple[str, ...], importance: list[torch.Tensor]) -> None:
-        """Take the importance of some parameters into their averages."""
-        averages, uncertainties = (
-            [score[name].to(new) if name in score else torch.zeros_like(new) for name, new in zip(names, importance)]
-            for score in (self.exp_avg_ipt, self.exp_avg_unc)
-        )
-        # a multiplication and an addition each, so that they round as PEFT's do: `lerp` would fuse them
-        averages = torch._foreach_mul(averages, self.beta1)
-        torch._foreach_add_(averages, torch._foreach_mul(importance, 1 - self.beta1))
-        change = torch._foreach_sub(importance, averages)
-        torch._foreach_abs_(change)
-        uncertainties = torch._foreach_mul(uncertainties, self.beta2)
-        torch._foreach_add_(uncertainties, torch._foreach_mul(change, 1 - self.beta2))
-        self.ipt.update(zip(names, importance))
-        self.exp_avg_ipt.update(zip(names, averages))
-        self.exp_avg_unc.update(zip(names, uncertainties))
+            old = (
+                [score[name].to(new) if name in score else torch.zeros_like(new) for name, new in zip(names, values)]
+                for score in (self.exp_avg_ipt, self.exp_avg_unc)
+            )
+            averages, uncertainties = updated_averages(values, *old, self.beta1, self.beta2)
+            self.ipt.update(zip(names, values))
+            self.exp_avg_ipt.update(zip(names, averages))
+            self.exp_avg_unc.update(zip(names, uncertainties))
 
     def _gradient(self, name: str, param: nn.Parameter) -> Optional[torch.Tensor]:
         if self._gradients is not None and name in self._gradients.sums:
             return self._gradients.mean_over_processes(name)
-        if has_master_copy(param):
+        if sharding.has_master_copy(param):
             raise ValueError(
                 "DeepSpeed clears gradients before the rank allocator can see them; pass `AdaLoraCallback()` to the "
                 "Trainer, or call `rankallocator.capture_gradients(model)` before training."
@@ -163,7 +143,7 @@ class RankAllocator(stock.RankAllocator):
         """
         if self._gradients is not None:
             self._gradients.remove()
-        self._gradients = GradientCapture(self._factors(model))
+        self._gradients = sharding.GradientCapture(self._factors(model))
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> Optional[dict[str, list[bool]]]:
         """
@@ -179,32 +159,20 @@ class RankAllocator(stock.RankAllocator):
         """
         if not self.exp_avg_ipt:
             return None
-        scores = self._triplet_scores()
-        pruned = self.init_bgt - budget
-        together = torch.cat([score.to(scores[0].device) for score in scores])
-        threshold = together.kthvalue(pruned)[0] if pruned else together.new_tensor(-torch.inf)
-        # PEFT compares the scores of a layer with the threshold in the dtype of the layer
-        thresholds = {dtype: threshold.to(dtype) for dtype in {score.dtype for score in scores}}
-        limits = torch.cat([thresholds[score.dtype].expand(len(score)) for score in scores])
-        kept = iter((~(together <= limits)).tolist())
-        self.kept = {name % "lora_E": list(islice(kept, len(score))) for name, score in zip(self.name_set, scores)}
+        kept = keep_most_important(self._triplet_scores(), budget)
+        self.kept = {name % "lora_E": mask for name, mask in zip(self.name_set, kept)}
         self.mask_using_rank_pattern(model, self.kept)
         return self.kept
 
     def _triplet_scores(self) -> list[torch.Tensor]:
         """
         The importance of the triplets of each layer of `name_set`, (r,): the importance of the singular value plus the
-        mean importance of each vector's elements. Parameters of equal shape are averaged at once.
+        mean importance of each vector's elements.
         """
-        means, groups = {}, defaultdict(list)
-        for part, dim in (("lora_E", 1), ("lora_A", 1), ("lora_B", 0)):
-            for name in self.name_set:
-                score = self.exp_avg_ipt[name % part]
-                groups[dim, score.shape, score.dtype, score.device].append(name % part)
-        for (dim, *_), names in groups.items():
-            ipt, unc = (torch.stack([getattr(self, kind)[name] for name in names]) for kind in AVERAGES)
-            means.update(zip(names, ipt.mul_(unc).mean(dim=1 + dim)))
-        of_E, of_A, of_B = ([means[name % part] for name in self.name_set] for part in ("lora_E", "lora_A", "lora_B"))
+        of_E, of_A, of_B = (
+            mean_importance(*([getattr(self, kind)[name % part] for name in self.name_set] for kind in AVERAGES), dim)
+            for part, dim in (("lora_E", 1), ("lora_A", 1), ("lora_B", 0))
+        )
         return torch._foreach_add(of_E, torch._foreach_add(of_A, of_B))
 
     @torch.no_grad()
@@ -215,8 +183,8 @@ class RankAllocator(stock.RankAllocator):
         for key, kept in rank_pattern.items():
             lora_E = layers[layer_of_E(key, self.adapter_name)].lora_E[self.adapter_name]
             mask = torch.as_tensor(kept).bool().view(-1, 1)
-            if is_sharded(lora_E) or has_master_copy(lora_E):
-                copy_full_(lora_E, gather_full(lora_E).masked_fill(~mask.to(lora_E.device), 0.0))
+            if sharding.is_sharded(lora_E) or sharding.has_master_copy(lora_E):
+                sharding.copy_full_(lora_E, sharding.gather_full(lora_E).masked_fill(~mask.to(lora_E.device), 0.0))
             else:
                 groups.setdefault((lora_E.device, lora_E.dtype), []).append((lora_E, mask))
         for (device, _), params in groups.items():
@@ -250,7 +218,7 @@ class RankAllocator(stock.RankAllocator):
             f"{name}.lora_E.{self.adapter_name}": layer.lora_E[self.adapter_name] for name, layer in layers.items()
         }
         if not any(lora_E.is_meta for lora_E in values.values()):
-            kept = kept_triplets({key: gather_full(lora_E) for key, lora_E in values.items()})
+            kept = kept_triplets({key: sharding.gather_full(lora_E) for key, lora_E in values.items()})
             self.kept = kept if any(map(any, kept.values())) else None  # not of a new adapter
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -278,14 +246,3 @@ class RankAllocator(stock.RankAllocator):
         for key, score in state_dict.items():
             kind, _, name = key.partition(".")
             getattr(self, kind)[name] = score.clone()
-
-
-def _largest(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The largest absolute value of each tensor that has elements; NaN if one is NaN."""
-    tensors = [tensor for tensor in tensors if tensor.numel()]
-    return list(torch._foreach_norm(tensors, torch.inf)) if tensors else []
-
-
-def kept_triplets(values_of_E: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
-    """The triplets of each layer whose singular value is not exactly 0, by the keys of `values_of_E`, each (r, 1)."""
-    return {key: (values != 0).view(-1).tolist() for key, values in values_of_E.items()}

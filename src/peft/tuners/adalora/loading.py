@@ -17,8 +17,8 @@
 import torch
 from torch import nn
 
-from .allocator import kept_triplets
 from .config import AdaLoraConfig
+from .importance import kept_triplets
 from .parameter_names import (
     DIM_OF_RANK,
     WEIGHTS,
