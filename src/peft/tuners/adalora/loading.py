@@ -14,6 +14,8 @@
 
 """The weights of an adapter as they are saved and loaded: ranks come from E and from shapes, and from nothing else."""
 
+from typing import Optional
+
 import torch
 from torch import nn
 
@@ -56,10 +58,13 @@ def keep_triplets(layer: nn.Module, adapter_name: str, kept: list[bool] | torch.
     layer.r[adapter_name] = len(indices)
 
 
-def weights_by_model_name(weights: Weights, state_dict: Weights, model: nn.Module, adapter_name: str) -> Weights:
+def weights_to_save(
+    weights: Weights, state_dict: Weights, model: nn.Module, config: AdaLoraConfig, adapter_name: str
+) -> Weights:
     """
-    The weights to save by their names without wrappers. Adds what PEFT leaves out: weights of `state_dict` where a
-    module is wrapped, and weights where another adapter is called like a module.
+    The weights to save by their names without wrappers, without pruned triplets. To the `weights` that PEFT finds in
+    `state_dict` it adds those of wrapped modules, and those that PEFT leaves out if another adapter is called like a
+    module.
     """
     given = {unwrapped_name(key): value for key, value in (*state_dict.items(), *weights.items())}
     others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
@@ -71,7 +76,7 @@ def weights_by_model_name(weights: Weights, state_dict: Weights, model: nn.Modul
                 exact[key] = given[key]
             elif adapter_name in getattr(layer, part):
                 exact[key] = gather_full(getattr(layer, part)[adapter_name])
-    return exact
+    return without_pruned(exact, config, adapter_name)
 
 
 def without_pruned(weights: Weights, config: AdaLoraConfig, adapter_name: str) -> Weights:
@@ -108,6 +113,25 @@ def without_pruned(weights: Weights, config: AdaLoraConfig, adapter_name: str) -
             if saved[name].shape[dim] == len(mask) != len(indices):
                 saved[name] = saved[name].index_select(dim, indices.to(saved[name].device))
     return saved
+
+
+def weights_to_load(
+    weights: Weights, model: nn.Module, tuner: Optional[nn.Module], config: AdaLoraConfig, adapter_name: str
+) -> Weights:
+    """
+    The weights to load by their names in the model, which gets their ranks, or they get its. Raises as
+    [`check_loaded_weights`] and [`fit_ranks`]; nothing has changed then. `tuner` is the [`AdaLoraModel`], if any.
+    """
+    weights, layers = by_file_name(weights, adapter_name), adapted_layers(model, adapter_name)
+    check_loaded_weights(weights, layers, config, adapter_name)
+    if not has_ranks_of(weights, layers, adapter_name):
+        if config.use_dora_adaptive:
+            weights = fit_ranks(weights, layers, adapter_name)
+        elif config.rank_pattern is not None and tuner is not None:
+            tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
+        if getattr(tuner, "trainable_adapter_name", None) == adapter_name:
+            tuner.rankallocator.reset_ipt()  # the averages belong to triplets in another order
+    return by_model_name(weights, model, adapter_name)
 
 
 def by_file_name(weights: Weights, adapter_name: str) -> Weights:

@@ -172,17 +172,9 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def update_and_allocate(self, global_step: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
         """
-        Decide the ranks after an optimizer step, as PEFT's method does.
-
-        Args:
-            global_step (`int`):
-                The optimizer step, counted from 0.
-            optimizer (`torch.optim.Optimizer`, *optional*):
-                Pass the optimizer if it keeps further weights of its own, as schedule-free optimizers do, so that a
-                pruned singular value does not come back with them.
-
-        Raises:
-            `ValueError`: If no factor has a gradient, or as [`check_allocation`]; nothing has changed then.
+        PEFT's method, for the step `global_step`, counted from 0, after the optimizer's step. Pass an optimizer that
+        keeps further weights, as schedule-free ones do, so that pruned singular values do not come back with them.
+        Raises a `ValueError` if no factor has a gradient, and as [`check_allocation`]; nothing has changed then.
         """
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
@@ -197,8 +189,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
     ) -> None:
         """
-        Drop the triplets of an adapter that a rank pattern does not keep, by names of `lora_E` with or without the
-        adapter's name. Magnitudes and dtypes of AdaDoRA stay, and adapters on the meta device can be resized.
+        Drop the triplets that a rank pattern does not keep, by names of `lora_E` with or without the adapter's name.
+        Learned magnitudes and dtypes of AdaDoRA stay.
         """
         layers = adapted_layers(self.model, adapter_name)
         if not any(
@@ -222,26 +214,15 @@ class AdaLoraModel(stock.AdaLoraModel):
         unpruned = copy.copy(config)
         unpruned.rank_pattern = None  # PEFT's pruning knows neither exact names nor adapters that were injected
         weights = super()._get_adapter_state_dict(model, unpruned, adapter_name, state_dict, unwanted_adapter_names)
-        weights = loading.weights_by_model_name(weights, state_dict, model, adapter_name)
-        return loading.without_pruned(weights, config, adapter_name)
+        return loading.weights_to_save(weights, state_dict, model, config, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         # not PEFT's implementation, which resizes the model before the weights are checked, and knows no wrappers
-        weights = loading.by_file_name(state_dict, adapter_name)
-        layers = adapted_layers(model, adapter_name)
-        loading.check_loaded_weights(weights, layers, config, adapter_name)
         tuner = next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
-        if not loading.has_ranks_of(weights, layers, adapter_name):
-            if config.use_dora_adaptive:
-                weights = loading.fit_ranks(weights, layers, adapter_name)
-            elif config.rank_pattern is not None and tuner is not None:
-                tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
-            if tuner is not None and tuner._adapter_in_training() == adapter_name:
-                tuner.rankallocator.reset_ipt()  # the averages belong to triplets in another order
-        return loading.by_model_name(weights, model, adapter_name)
+        return loading.weights_to_load(state_dict, model, tuner, config, adapter_name)
 
 
 def _read_kept(tuner: AdaLoraModel, incompatible_keys: Any) -> None:
