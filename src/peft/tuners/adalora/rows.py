@@ -35,6 +35,10 @@ PRODUCT_COLUMNS = 16
 # Whether `torch.mm` takes `out_dtype`, compiled too, where PyTorch is for CUDA.
 HAS_FLOAT32_RESULT = torch.__version__ >= (2, 10) and torch.version.hip is None
 
+# Bit masks for float32: the exponent, and the leading bits that a lower dtype can represent.
+EXPONENT_BITS = 0x7F800000
+LEADING_BITS = {torch.bfloat16: -(2**16), torch.float16: -(2**13)}
+
 
 class Rows(Protocol):
     """A weight of shape (out, in) that can be had only block by block, such as a quantized one."""
@@ -92,15 +96,36 @@ def squared_row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
     return by_blocks(lambda rows: torch.linalg.vector_norm(rows, dim=1, keepdim=True), weight).square()
 
 
+def row_scale(matrix: torch.Tensor) -> torch.Tensor:
+    """
+    A power of two (r, 1) for each row of a float32 matrix (r, in): the largest one up to the row's largest magnitude.
+
+    A row of zeros has 2⁻¹²⁶. A row with an entry that is not finite has infinity.
+    """
+    largest = torch.linalg.vector_norm(matrix, torch.inf, dim=1, keepdim=True)
+    return (largest.view(torch.int32) & EXPONENT_BITS).view(matrix.dtype).clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def split_rows(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """
+    A float32 matrix (r, in) as a high and a low part, (2r, in), in bfloat16 or float16. Their sum is the matrix.
+
+    The high part keeps the leading bits, so its conversion is exact. Rounding to `dtype` and back would not do under
+    `torch.compile`: Inductor skips such a round trip in a fused kernel, and the low part would be zero.
+    """
+    high = (matrix.view(torch.int32) & LEADING_BITS[dtype]).view(matrix.dtype)
+    return torch.cat([high, matrix - high]).to(dtype)
+
+
 def rows_times(weight: torch.Tensor | Rows, right: torch.Tensor) -> torch.Tensor:
     """W Rᵀ (out, r), of a weight (out, in) and a constant R (r, in) in the dtype of its norm, which the result has."""
     rank = len(right)
     if multiplies_into_float32(weight):
-        # two parts of R have twice the bits of one
-        parts = right.new_empty(2 * rank, right.shape[1], dtype=weight.dtype)
-        parts[:rank].copy_(right)
-        parts[rank:].copy_(right - parts[:rank])
+        # float16 needs entries near 1, but bfloat16 has the exponents of float32
+        scale = row_scale(right) if weight.dtype == torch.float16 else None
+        parts = split_rows(right if scale is None else right / scale, weight.dtype)
         products = torch.mm(weight[:], parts.T, out_dtype=right.dtype)
-        return products[:, :rank] + products[:, rank:]
+        product = products[:, :rank] + products[:, rank:]
+        return product if scale is None else product * scale.T
     padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
     return by_blocks(lambda rows: rows @ padded.T, weight)[:, :rank]
