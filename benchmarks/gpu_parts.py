@@ -54,7 +54,8 @@ class Sizes:
     """
     Args:
         width: The hidden size.
-        tokens: Of a training step, in order of their value. The first decides about the kernels.
+        tokens: Of a training step, in order of their value.
+        kernel_tokens: Those that the kernels are tried on; the first of them decides.
         layers: How many layers are evaluated.
         prompt: How many tokens a prefill has.
         generated: How many tokens are generated.
@@ -67,6 +68,7 @@ class Sizes:
 
     width: int
     tokens: tuple[int, ...]
+    kernel_tokens: tuple[int, ...]
     layers: int
     prompt: int
     generated: int
@@ -80,6 +82,7 @@ class Sizes:
 LLAMA_3_8B = Sizes(
     width=4096,
     tokens=(2048, 512, 8192),
+    kernel_tokens=(2048, 512, 8192),
     layers=4,
     prompt=2048,
     generated=64,
@@ -92,6 +95,7 @@ LLAMA_3_8B = Sizes(
 SMALL = Sizes(
     width=64,
     tokens=(16, 8),
+    kernel_tokens=(16,),
     layers=1,
     prompt=16,
     generated=4,
@@ -387,7 +391,7 @@ def outputs(run: Asking) -> Iterator[Table]:
             GRADIENT_ERROR: facts.get(GRADIENT_ERROR),
         }
 
-    for tokens in run.sizes.tokens:
+    for tokens in run.sizes.kernel_tokens:
         for features in sorted({out_features for out_features, _ in weight_shapes(run.sizes.width)}):
             check_time(run)
             case = {"tokens": tokens, "features": features, "rank": RANK}
@@ -414,7 +418,7 @@ def training_with_kernels(run: Asking) -> Iterator[Table]:
             **{name: values and milliseconds(values).median for name, values in phases.items()},
         }
 
-    for tokens in run.sizes.tokens:
+    for tokens in run.sizes.kernel_tokens:
         check_time(run)
         case = {"width": run.sizes.width, "tokens": tokens}
         found = run.ask(KERNELS, "training_with_kernels", rounds=run.sizes.form_rounds, share=share(run), **case)

@@ -89,13 +89,16 @@ def norm_answer(tables: dict[str, Table], sizes: Sizes) -> Iterator[str]:
 def evaluation_answer(tables: dict[str, Table]) -> Iterator[str]:
     for step in (PREFILL, CACHING, GENERATE):
         for row in rows(tables, "gpu-evaluation", step=step, method=ADADORA):
+            if row["time (ms)"] is None:
+                yield f"C. {step}: not measured."
+                continue
             ratios = ", ".join(f"{times(row[f'/ {name}'])} {name}" for name in (LORA, DORA, STOCK))
-            yield f"C. {step}: {ADADORA} takes {ratios}."
+            yield f"C. {step}: {ADADORA} takes {number(row['time (ms)'].median)} ms, {ratios}."
 
 
 def kernel_answer(tables: dict[str, Table], sizes: Sizes) -> Iterator[str]:
     """D: what each kernel saves of a whole training step."""
-    found = rows(tables, "gpu-training-kernels", tokens=sizes.tokens[0])
+    found = rows(tables, "gpu-training-kernels", tokens=sizes.kernel_tokens[0])
     if not found:
         yield "D. The kernels were not measured."
     for row in found:
@@ -105,10 +108,10 @@ def kernel_answer(tables: dict[str, Table], sizes: Sizes) -> Iterator[str]:
         if value is None:
             yield f"D. {row['form']}: not measured ({row['failure']})."
             continue
-        verdict = "worth an issue of its own" if value <= 1 - WORTH else "not worth it"
+        verdict = "worth it" if value <= 1 - WORTH else "not worth it"
         yield (
-            f"D. {row['form']}: {value:.3f}× the training step as it is, at {sizes.tokens[0]:,} tokens; {verdict} (a "
-            f"kernel has to save {100 * WORTH:.0f} %)."
+            f"D. {row['form']}: {value:.3f}× the training step as it is, at {sizes.kernel_tokens[0]:,} tokens; "
+            f"{verdict} (a kernel has to save {100 * WORTH:.0f} %)."
         )
 
 

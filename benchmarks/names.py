@@ -1,6 +1,6 @@
 """The names that stand in tables, for modules that import neither PEFT nor transformers."""
 
-# methods, and the rank that the issue's targets are stated for
+# methods, and the rank that the targets are stated for
 ADALORA, DORA, ADADORA, DENSE = "AdaLoRA", "DoRA", "AdaDoRA", "AdaDoRA, dense norm"
 LORA = "LoRA"
 RANK = 12

@@ -522,7 +522,7 @@ class TestGpuRun:
         answer = bench.gpu_worker.answer(bench.gpu_worker.Tasks(CPU), request)
         assert answer["error"].startswith("ModuleNotFoundError")
 
-    @pytest.mark.parametrize("ratio, verdict", [(0.9, "worth an issue"), (0.91, "not worth it")])
+    @pytest.mark.parametrize("ratio, verdict", [(0.9, "; worth it"), (0.91, "; not worth it")])
     def test_a_kernel_is_worth_it_if_it_saves_a_tenth(self, bench, ratio, verdict):
         row = {"tokens": 16, "form": "h in one kernel", "/ as it is": bench.timing.Spread((ratio,)), "failure": None}
         tables = {"gpu-training-kernels": bench.report.Table("", "", [row])}
