@@ -27,6 +27,7 @@ from transformers import TrainerState, TrainingArguments
 from .allocator import RankAllocator
 from .base_weight import base_row_norm
 from .config import AdaLoraConfig
+from .layer import AdaLoraLayer
 from .model import AdaLoraModel
 from .parameter_names import adapted_layers
 from .quantized import upcast_magnitudes
@@ -139,6 +140,12 @@ def _config_of_run(config: AdaLoraConfig, total_step: int) -> AdaLoraConfig:
     return copied
 
 
+def magnitude_drift(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:
+    """The relative change of each magnitude since it was initialized, without rows whose base weight is zero."""
+    norm = base_row_norm(layer)
+    return ((gather_full(layer.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm)[norm > 0]
+
+
 @torch.no_grad()
 def _metrics(tuner: AdaLoraModel | SimpleNamespace, step: int) -> dict[str, float]:
     allocator, config = tuner.rankallocator, tuner.rankallocator.peft_config
@@ -146,16 +153,14 @@ def _metrics(tuner: AdaLoraModel | SimpleNamespace, step: int) -> dict[str, floa
     # of the last allocation: E does not show it to a run that resumes from between two of them
     decided = step - step % config.deltaT if step < config.total_step - config.tfinal else step
     budget = allocator.budget_schedule(decided)[0]
-    kept = allocator.init_bgt
-    if allocator.kept and budget < kept:
-        kept = min(budget, sum(map(sum, allocator.kept.values())))
+    masks = allocator.kept if budget < allocator.init_bgt else None
+    kept = min(budget, sum(map(sum, masks.values()))) if masks else allocator.init_bgt
     metrics = {
         "adalora_budget": allocator.budget_schedule(step)[0],
         "adalora_mean_rank": kept / len(layers),
         "adalora_pruned": 1 - kept / allocator.init_bgt,
     }
     if config.use_dora_adaptive:
-        norms = [(layer.lora_magnitude[allocator.adapter_name], base_row_norm(layer)) for layer in layers]
-        drifts = [((gather_full(m).to(norm) - norm).abs() / norm)[norm > 0].cpu() for m, norm in norms]
+        drifts = [magnitude_drift(layer, allocator.adapter_name).cpu() for layer in layers]
         metrics["adalora_magnitude_drift"] = torch.cat(drifts).mean().item()
     return metrics

@@ -76,9 +76,8 @@ class ResumableCallback(TrainerCallback):
         if args.save_only_model or state.is_hyper_param_search:
             return  # nothing resumes from it
         self._saved_step = state.global_step
-        ranknum = {key: gather_full(param) for key, param in trained_ranknum(self.tuner).items()}
-        tensors = {**self.tuner.rankallocator.state_dict(), **ranknum}
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        tensors = {**self.tuner.rankallocator.state_dict(), **trained_ranknum(self.tuner)}
+        tensors = {key: gather_full(tensor).cpu().contiguous() for key, tensor in tensors.items()}
         if args.should_save:
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             os.makedirs(folder, exist_ok=True)
