@@ -17,6 +17,7 @@
 from collections import defaultdict
 from typing import Any, Optional
 
+import torch
 from torch import nn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,9 +46,18 @@ class MixedModel(stock.MixedModel):
         return super()._unload_and_optionally_merge(merge=merge, **kwargs)
 
     def _check_merge(self, adapter_names: Optional[list[str]], safe_merge: bool) -> None:
-        self._check_active(adapter_names or self.active_adapters)
-        layers = [module for module in self.model.modules() if isinstance(module, AdaLoraLayer)]
-        check_merge(self.model, layers, adapter_names, safe_merge)
+        names = adapter_names or self.active_adapters
+        self._check_active(names)
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        ours = [layer for layer in layers if isinstance(layer, AdaLoraLayer)]
+        check_merge(self.model, ours, adapter_names, safe_merge)
+        if not safe_merge or not any(layer.use_dora_adaptive for layer in ours):
+            return
+        # a merged AdaDoRA adapter stays merged, so no other method may fail after it
+        for layer in (layer for layer in layers if layer not in ours):
+            for name in set(names) & layer._get_available_adapters():
+                if not torch.isfinite(layer.get_delta_weight(name)).all():
+                    raise ValueError(f"The update of adapter {name!r} is not finite; nothing was merged.")
 
     def _check_active(self, adapter_names: str | list[str]) -> None:
         """Raise a `NotImplementedError` if an AdaDoRA adapter shares its base layer with another active adapter."""
