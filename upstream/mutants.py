@@ -99,7 +99,7 @@ MUTANTS = [
     Mutant(
         "cache m / n outside of generate() and DoraCaching()",
         (Edit("cache.py", "default=None)", "default=Cache(in_training=False))"),),
-        first="test_scale_cache.py",
+        first="test_exactness.py",
     ),
     Mutant("do not clamp the squared norm", (Edit("adadora.py", ".clamp_min(0)", ""),)),
     Mutant(
