@@ -2,7 +2,7 @@
 
 import os
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -22,9 +22,12 @@ class build_py_with_start_up_file(build_py):
         return [*super().get_source_files(), os.path.join("src", START_UP_FILE)]
 
 
+overlay = find_namespace_packages("src", include=["peft", "peft.*"], exclude=["*.__pycache__"])
+overlay = [f"peft_adadora.{package}" for package in overlay]
+
 setup(
     package_dir={"": "src", "peft_adadora.peft": "src/peft"},
-    packages=["peft_adadora", "peft_adadora.peft.tuners.adalora", "peft-stubs", "peft-stubs.tuners.adalora"],
+    packages=["peft_adadora", *overlay, "peft-stubs", "peft-stubs.tuners.adalora"],
     py_modules=["_peft_adadora", "_peft_adadora_command"],
     cmdclass={"build_py": build_py_with_start_up_file},
 )

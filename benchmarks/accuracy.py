@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-from unittest.mock import patch
+from typing import Any, Optional
 
 import torch
 from cases import dtype_name
+from internals import multiplying_as_cuda, squared_adapted_row_norm
 from report import Table
 from settings import Settings
 
-from peft.tuners.adalora import rows
-from peft.tuners.adalora.adadora import squared_adapted_row_norm
 from peft.tuners.lora.dora import DoraLinearLayer
 
 
@@ -34,14 +32,17 @@ class Factors:
         return self.lora_B @ (self.lora_A * self.scaled_E)
 
 
-def random_factors(width: int) -> Factors:
-    """A square weight, and an update of about a tenth of its length."""
+def random_factors(
+    out_features: int, in_features: Optional[int] = None, rank: int = RANK, device: Optional[torch.device] = None
+) -> Factors:
+    """A weight, square unless `in_features` says otherwise, and an update of about a tenth of its length."""
     torch.manual_seed(0)
+    in_features = in_features or out_features
     return Factors(
-        weight=0.02 * torch.randn(width, width),
-        lora_A=0.02 * torch.randn(RANK, width),
-        scaled_E=torch.randn(RANK, 1),
-        lora_B=0.02 * torch.randn(width, RANK),
+        weight=0.02 * torch.randn(out_features, in_features, device=device),
+        lora_A=0.02 * torch.randn(rank, in_features, device=device),
+        scaled_E=torch.randn(rank, 1, device=device),
+        lora_B=0.02 * torch.randn(out_features, rank, device=device),
     )
 
 
@@ -79,11 +80,7 @@ def dense_norm(factors: Factors) -> torch.Tensor:
 
 def in_one_product(factors: Factors) -> torch.Tensor:
     """The row norms (out,) as a GPU makes them of a weight in low precision, whose products it sums up in float32."""
-
-    def product(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-        return left.to(out_dtype) @ right.to(out_dtype)
-
-    with patch.object(rows, "multiplies_into_float32", lambda weight: True), patch.object(torch, "mm", product):
+    with multiplying_as_cuda():
         return squared_adapted_row_norm(*vars(factors).values()).sqrt().view(-1)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from cases import training_step
 from counters import launches
+from internals import StockRankAllocator
 from report import Table
 from settings import Settings
 from timing import comparison, measure, ratio
@@ -13,7 +14,6 @@ from torch import nn
 from variants import ADALORA, ADAPTER, adapt
 
 from peft.tuners.adalora import RankAllocator
-from peft.tuners.adalora.stock_layer import RankAllocator as StockRankAllocator
 
 
 LAYERS, WIDTH, TOKENS = 16, 512, 512

@@ -86,7 +86,8 @@ class LayerCase:
     def build(self, device: torch.device, variants: Iterable[str] = VARIANTS) -> dict[str, PeftModel]:
         """The layer adapted in each way, by the name of the variant."""
         torch.manual_seed(0)
-        base = OneLinear(self.out_features, self.in_features).to(device, self.dtype)
+        with device:
+            base = OneLinear(self.out_features, self.in_features).to(self.dtype)
         return {name: adapt(copy.deepcopy(base), name, self.rank, target_modules=["linear"]) for name in variants}
 
     def inputs(self, device: torch.device) -> torch.Tensor:
@@ -148,7 +149,8 @@ class LlamaCase:
             use_cache=not self.is_block,
         )
         torch.manual_seed(0)
-        base = (LlamaModel if self.is_block else LlamaForCausalLM)(config).to(device, self.dtype)
+        with device:
+            base = (LlamaModel if self.is_block else LlamaForCausalLM)(config).to(self.dtype)
         options = {"target_modules": "all-linear", "task_type": None if self.is_block else "CAUSAL_LM"}
         return {name: adapt(copy.deepcopy(base), name, self.rank, **options) for name in variants}
 

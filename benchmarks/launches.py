@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import apart
@@ -23,16 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, LlamaForCausalLM
-from variants import ADADORA, ADALORA, DORA, LORA_ALPHA, RANK, VARIANTS
+from variants import ADADORA, ADALORA, DORA, LORA, RANK, WITH_LORA
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 
 
-LORA = "LoRA"
-CONFIGS = {
-    LORA: lambda rank, **kwargs: LoraConfig(r=rank, lora_alpha=LORA_ALPHA, **kwargs),
-    **{name: VARIANTS[name].config for name in (DORA, ADALORA, ADADORA)},
-}
 KINDS = ("bfloat16", "float32", "4-bit")
 TOKENS = (512, 2048, 8192)
 # What an H100 does, about: bytes and operations in a second, and the seconds of a launch.
@@ -103,11 +99,10 @@ def quantize_on_meta(model: nn.Module) -> None:
     model.is_loaded_in_4bit = True
 
 
-def adapted_llama(variant: str, kind: str, layers: int, width: int, device: str) -> PeftModel:
-    """So many layers of Llama-3-8B, whose width is 4096, all linear layers adapted."""
-    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+def llama_config(layers: int, width: int) -> LlamaConfig:
+    """So many layers of Llama-3-8B, whose width is 4096, or of one that is less wide."""
     heads = max(4, width // 128)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=1024,
         hidden_size=width,
         intermediate_size=7 * width // 2,
@@ -116,6 +111,12 @@ def adapted_llama(variant: str, kind: str, layers: int, width: int, device: str)
         num_key_value_heads=heads // 4,
         use_cache=False,
     )
+
+
+def adapted_llama(variant: str, kind: str, layers: int, width: int, device: str) -> PeftModel:
+    """So many layers of Llama-3-8B, all linear layers adapted."""
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    config = llama_config(layers, width)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     if kind == "4-bit":
@@ -124,7 +125,7 @@ def adapted_llama(variant: str, kind: str, layers: int, width: int, device: str)
         model.to_empty(device=device)
         for parameter in model.parameters():
             nn.init.zeros_(parameter)
-    config = CONFIGS[variant](RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = WITH_LORA[variant].config(RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config).train()
 
 
@@ -144,9 +145,10 @@ def passes(variant: str, kind: str, layers: int, width: int, tokens: int, device
     return [forward, backward]
 
 
-def allocation(variant: str, layers: int, width: int, device_rates: dict) -> Launches:
+@cache
+def allocation(variant: str, layers: int, width: int, device_rates: tuple[tuple[str, float], ...]) -> Launches:
     """An allocation in the budget phase that is not the first one, counted on the CPU, because it looks at values."""
-    counter = Launches(**device_rates)
+    counter = Launches(**dict(device_rates))
     if variant not in (ADALORA, ADADORA):
         return counter
     model = adapted_llama(variant, "bfloat16", layers, width, "cpu")
@@ -166,8 +168,9 @@ def one_layer(variant: str, kind: str, tokens: int, width: int = 4096, **device_
     """
     What one more transformer layer adds to a training step: launches by their phase, and the microseconds of all.
     """
+    rates = tuple(device_rates.items())
     less, more = (
-        [*passes(variant, kind, layers, width, tokens, device_rates), allocation(variant, layers, width, device_rates)]
+        [*passes(variant, kind, layers, width, tokens, device_rates), allocation(variant, layers, width, rates)]
         for layers in (1, 2)
     )
     counts = [two.count - one.count for one, two in zip(less, more)]

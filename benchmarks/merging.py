@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from internals import base_rows, base_weight, overwrite_base_weight
 from report import Table
 from settings import Settings
 from torch import nn
@@ -14,9 +15,7 @@ from transformers import TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft import AdaLoraConfig, get_peft_model
-from peft.tuners.adalora.base_weight import base_rows, base_weight
-from peft.tuners.adalora.layer import AdaLoraLayer
-from peft.tuners.adalora.merging import overwrite_base_weight
+from peft.tuners.adalora import AdaLoraLayer
 
 
 try:

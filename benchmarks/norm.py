@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from cases import LayerCase, without_gradients
+from internals import squared_row_norm
+from norm_forms import as_it_is, with_base_norm
 from report import Table
 from settings import Settings
 from timing import comparison, measure
 from variants import ADADORA, ADAPTER, DORA, adapted_layers
-
-from peft.tuners.adalora.adadora import squared_adapted_row_norm
-from peft.tuners.adalora.rows import squared_row_norm
 
 
 FACTORED, KEPT, DENSE_NORM, DORA_NORM = "from the factors", "with ‖W‖² kept", "dense", "PEFT's DoRA"
@@ -30,14 +29,9 @@ def norm_functions(case: LayerCase, device: torch.device) -> dict[str, Callable[
     weight = adadora.get_base_layer().weight
     lora_A, lora_E, lora_B = (getattr(adadora, name)[ADAPTER] for name in ("lora_A", "lora_E", "lora_B"))
     scaled_E = lora_E * (adadora.scaling[ADAPTER] / (adadora.ranknum[ADAPTER] + 1e-5))
-    squared_base_norm = squared_row_norm(weight)
+    factors = weight, lora_A, scaled_E, lora_B
+    norm_with_base_norm = with_base_norm(squared_row_norm(weight))
     magnitude = dora.lora_magnitude_vector[ADAPTER]
-
-    def from_the_factors() -> torch.Tensor:
-        return squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B).sqrt()
-
-    def with_base_norm() -> torch.Tensor:
-        return squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B, squared_base_norm).sqrt()
 
     def dense() -> torch.Tensor:
         return torch.linalg.vector_norm(weight + adadora.get_delta_weight(ADAPTER), dim=1, keepdim=True)
@@ -47,7 +41,12 @@ def norm_functions(case: LayerCase, device: torch.device) -> dict[str, Callable[
         base = dora.get_base_layer().weight.to(update.dtype)
         return magnitude.get_weight_norm(base, update, dora.scaling[ADAPTER])
 
-    functions = {FACTORED: from_the_factors, KEPT: with_base_norm, DENSE_NORM: dense, DORA_NORM: peft_dora}
+    functions = {
+        FACTORED: lambda: as_it_is(*factors),
+        KEPT: lambda: norm_with_base_norm(*factors),
+        DENSE_NORM: dense,
+        DORA_NORM: peft_dora,
+    }
     return {name: without_gradients(function) for name, function in functions.items()}
 
 

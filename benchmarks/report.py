@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,20 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment(settings: Settings) -> dict[str, Any]:
-    packages = ("torch", "peft", "transformers", "peft-adadora")
+def installed(package: str) -> str:
+    """The version of a package, or a word that says that there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def environment(settings: Settings, more_packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    packages = ("torch", "peft", "transformers", "peft-adadora", *more_packages)
     return {
         "device": torch.cuda.get_device_name(settings.device) if settings.on_cuda else processor(),
         "threads": settings.threads,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": {"python": platform.python_version(), **{package: installed(package) for package in packages}},
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -4,47 +4,40 @@
     python benchmarks/run.py --quick                a few shapes of everything, in about 3 minutes
     python benchmarks/run.py --only layer,memory    some sections
     python benchmarks/run.py --device cuda --gbps 3350 --tflops 989
+    python benchmarks/run.py --device cuda --preset gpu --minutes 6
+                                                    what is open about GPUs, in 6 minutes (see gpu.py)
 
 The tables are printed as Markdown, and written with the machine and the versions to `benchmarks.json` and as plots.
 """
 
 import argparse
 import gc
+import importlib
 import sys
 import time
 import warnings
 from pathlib import Path
 
-import accuracy
-import allocator
-import compiled
-import growth
-import launches
-import layer
-import memory
-import merging
-import model
-import norm
-import step
+import gpu
 import torch
 from plot import write_plots
 from report import environment, heading, write_json
 from settings import Settings
-from transformers.utils import logging
 
 
+# The sections and their modules, which are imported when they run.
 SECTIONS = {
-    "layer": layer,
-    "norm": norm,
-    "model": model,
-    "compile": compiled,
-    "memory": memory,
-    "growth": growth,
-    "accuracy": accuracy,
-    "merging": merging,
-    "allocator": allocator,
-    "step": step,
-    "launches": launches,
+    "layer": "layer",
+    "norm": "norm",
+    "model": "model",
+    "compile": "compiled",
+    "memory": "memory",
+    "growth": "growth",
+    "accuracy": "accuracy",
+    "merging": "merging",
+    "allocator": "allocator",
+    "step": "step",
+    "launches": "launches",
 }
 
 
@@ -59,6 +52,8 @@ def section_names(text: str) -> list[str]:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=section_names, default=list(SECTIONS), help=f"sections: {','.join(SECTIONS)}")
+    parser.add_argument("--preset", choices=["gpu"], help="all that is open about GPUs, instead of sections")
+    parser.add_argument("--minutes", type=float, default=6.0, help="how long a preset may take (6)")
     parser.add_argument("--quick", action="store_true", help="few shapes and few rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (PyTorch's default)")
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks"), help="folder for JSON and plots")
@@ -73,24 +68,34 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
+    settings = Settings(torch.device(options.device), options.threads, options.quick, options.gbps, options.tflops)
+    if options.preset:
+        gpu.main(settings, options.output, options.minutes)
+    else:
+        run_sections(settings, options.only, options.output)
+
+
+def run_sections(settings: Settings, names: list[str], folder: Path) -> None:
+    from transformers.utils import logging
+
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(settings.threads)
+    sections = {name: importlib.import_module(SECTIONS[name]) for name in names}
     gc.freeze()  # the counters collect garbage often, and need not look at what the imports made
-    settings = Settings(torch.device(options.device), options.threads, options.quick, options.gbps, options.tflops)
-    options.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
     machine = environment(settings)
     print(heading(machine), flush=True)
     tables = []
-    for name in options.only:
+    for name, section in sections.items():
         start = time.perf_counter()
-        for table in SECTIONS[name].tables(settings):
+        for table in section.tables(settings):
             print(table.markdown(), flush=True)
             tables.append(table)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        write_json(options.output / "benchmarks.json", machine, tables)
-    write_plots(tables, options.output)
+        write_json(folder / "benchmarks.json", machine, tables)
+    write_plots(tables, folder)
 
 
 if __name__ == "__main__":

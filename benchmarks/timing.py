@@ -11,12 +11,79 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import torch
 from settings import Settings
 from torch.utils.benchmark import Timer
 
 
 Steps = dict[str, Callable[[], Any]]
 Seconds = dict[str, list[float]]
+
+
+class Stopwatch:
+    """
+    The times between marks: by events of the device on CUDA, and by the clock on a CPU.
+
+    Events stand in the device's own queue, so that the time between two of them is the device's, idle times included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.on_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """The seconds between each mark and the next."""
+        pairs = list(zip(self.marks, self.marks[1:]))
+        if not self.on_cuda:
+            return [end - start for start, end in pairs]
+        torch.cuda.synchronize()
+        return [1e-3 * start.elapsed_time(end) for start, end in pairs]
+
+
+def take_turns(
+    steps: dict[str, Callable[[Stopwatch], None]],
+    device: torch.device,
+    rounds: int,
+    share: float,
+    is_cold: bool = True,
+) -> dict[str, list[list[float]]]:
+    """
+    Time steps against each other, once in each round.
+
+    Args:
+        steps: Each marks where its phases begin and end.
+        device: Where they run.
+        rounds: How many rounds there are at most.
+        share: After this many seconds no further round begins, but for the first three.
+        is_cold: Whether the caches of the device hold nothing of use when a step begins.
+
+    Returns:
+        By the name of the step, for each round: the seconds of each phase.
+    """
+    # larger than any cache; writing it gives the CPU the time to queue up all of a step
+    flush = torch.empty(2**27 if device.type == "cuda" else 1, device=device)
+    for step in steps.values():
+        step(Stopwatch(device))
+    seconds: dict[str, list[list[float]]] = {name: [] for name in steps}
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - start > share:
+            break
+        for name, step in steps.items():
+            stopwatch = Stopwatch(device)
+            if is_cold:
+                flush.zero_()
+            step(stopwatch)
+            seconds[name].append(stopwatch.seconds())
+    return seconds
 
 
 @dataclass(frozen=True)

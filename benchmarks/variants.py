@@ -1,6 +1,7 @@
 """The methods that are compared.
 
 - AdaLoRA: PEFT's own, the reference of all ratios.
+- LoRA: PEFT's own, at the same rank; only where a section asks for it.
 - DoRA: PEFT's LoRA with `use_dora=True`, at the same rank.
 - AdaDoRA: `AdaLoraConfig(use_dora_adaptive=True)`.
 - AdaDoRA, dense norm: the yardstick, AdaDoRA as one would write it down at first.
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+from names import ADADORA, ADALORA, DENSE, DORA, LORA, RANK
 from torch import nn
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -19,10 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 ADAPTER = "default"
-# The rank that the issue's targets are stated for.
-RANK = 12
 LORA_ALPHA = 16
-ADALORA, DORA, ADADORA, DENSE = "AdaLoRA", "DoRA", "AdaDoRA", "AdaDoRA, dense norm"
 
 
 class DenseNormSVDLinear(SVDLinear):
@@ -70,8 +69,12 @@ def adadora_config(rank: int, **kwargs: Any) -> AdaLoraConfig:
     return adalora_config(rank, use_dora_adaptive=True, **kwargs)
 
 
+def lora_config(rank: int, **kwargs: Any) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=LORA_ALPHA, **kwargs)
+
+
 def dora_config(rank: int, **kwargs: Any) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=LORA_ALPHA, use_dora=True, **kwargs)
+    return lora_config(rank, use_dora=True, **kwargs)
 
 
 VARIANTS = {
@@ -80,6 +83,7 @@ VARIANTS = {
     ADADORA: Variant(adadora_config),
     DENSE: Variant(adadora_config, DenseNormSVDLinear),
 }
+WITH_LORA = {LORA: Variant(lora_config), **VARIANTS}
 
 
 @torch.no_grad()
@@ -97,7 +101,7 @@ def randomize_adapter(model: nn.Module) -> None:
 
 def adapt(base: nn.Module, variant: str, rank: int = RANK, **config_kwargs: Any) -> PeftModel:
     """Adapt a model in place. The adapter weights are random, and the same for both kinds of AdaDoRA."""
-    choice = VARIANTS[variant]
+    choice = WITH_LORA[variant]
     model = get_peft_model(base, choice.config(rank, **config_kwargs))
     randomize_adapter(model)
     if choice.layer_class is not None:

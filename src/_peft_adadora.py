@@ -1,21 +1,22 @@
-"""Lays AdaDoRA's modules over the installed PEFT, like a transparent sheet.
+"""Lay AdaDoRA's modules over the installed PEFT, like a transparent sheet.
 
-The start-up file `peft_adadora.pth` imports this module in every interpreter of the environment, so it imports nothing
-that is not loaded anyway, until PEFT's AdaLoRA is imported. It puts a finder on `sys.meta_path`:
+`peft_adadora.pth` imports this module when Python starts, so at first it imports only what Python has loaded already.
+Its finder gives each name in `OVERLAID` our module. A package also gets our folder in front of the installed one on
+its `__path__`: our modules win over installed ones of the same name, and all others come from the installed package.
 
-- `peft.tuners.adalora` gets our `__init__.py`, and our folder in front of the installed one on its `__path__`. A
-  module that we have wins over the installed one of the same name, and any other comes from the installed package.
-- `peft.tuners.adalora.stock_<module>` is the installed version of a module that we override (`stock___init__` that of
-  the package itself). Ours subclass what is in there. Because it lives in the same package, its relative imports reach
-  our classes.
+`stock_<module>`, in the same package, is the installed version of a module that we override, for our classes to
+subclass. The package itself is `stock___init__`. The relative imports of a stock module get our modules.
 """
 
 import os
 import sys
 
 
-PACKAGE = "peft.tuners.adalora"
-MODULES = ("peft.helpers", "peft.tuners.mixed.model")
+OVERLAID = (
+    "peft.helpers",
+    "peft.tuners.adalora",
+    "peft.tuners.mixed.model",
+)  # modules and packages; PEFT itself imports them all
 SUPPORTED_PEFT = ">=0.21.0,<0.22"
 
 
@@ -24,44 +25,44 @@ def is_supported(version: str) -> bool:
     return version.split(".")[:2] == ["0", "21"]
 
 
-def overlay_folder(package: str = PACKAGE) -> str:
-    """The folder of our modules of a package: inside `peft_adadora` when installed, in `src/` when editable."""
+def overlay_path(name: str) -> str:
+    """Return the path of our version of a module of PEFT, without `.py`. For a package this is a folder."""
     here = os.path.dirname(os.path.abspath(__file__))
-    installed = os.path.join(here, "peft_adadora", "peft")
-    root = installed if os.path.isdir(installed) else os.path.join(here, "peft")
-    return os.path.join(root, *package.split(".")[1:])
+    installed = os.path.join(here, "peft_adadora")  # an editable install has `peft` beside this file
+    root = installed if os.path.isdir(os.path.join(installed, "peft")) else here
+    return os.path.join(root, *name.split("."))
 
 
 class OverlayFinder:
-    """Import finder for `PACKAGE` and its `stock_` modules; every other name is left to the finders behind it."""
+    """Find the modules in `OVERLAID` and their `stock_` versions. Other finders find everything else."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
         package, is_stock, module = name.rpartition(".stock_")
-        if PACKAGE not in (name, package) and name not in MODULES and f"{package}.{module}" not in MODULES:
+        if not {name, package, f"{package}.{module}"}.intersection(OVERLAID):
             return None
         import warnings
         from importlib.machinery import PathFinder
         from importlib.util import spec_from_file_location
 
         if is_stock:
-            spec = spec_from_file_location(name, os.path.join(list(path)[-1], module + ".py"))
-            spec.submodule_search_locations = None  # a module, even if it comes from an `__init__.py`
-            return spec
+            file = os.path.join(list(path)[-1], module + ".py")
+            return spec_from_file_location(name, file, submodule_search_locations=None)  # `__init__.py` as a module
         spec = PathFinder.find_spec(name, path)
         version = getattr(sys.modules.get("peft"), "__version__", "unknown")
         if spec is None or not is_supported(version):
-            warnings.warn(
-                f"peft-adadora supports peft {SUPPORTED_PEFT} but peft {version} is installed, so AdaDoRA is off and "
-                "PEFT runs as it is: it will refuse use_dora_adaptive as an unknown argument. Install a supported "
-                "peft, or uninstall peft-adadora."
-            )
+            if name == "peft.tuners.adalora":  # one warning is enough
+                warnings.warn(
+                    f"peft-adadora supports peft {SUPPORTED_PEFT} but peft {version} is installed, so AdaDoRA is off "
+                    "and PEFT runs as it is: it will refuse use_dora_adaptive as an unknown argument. Install a "
+                    "supported peft, or uninstall peft-adadora."
+                )
             return spec
-        if name in MODULES:
-            return spec_from_file_location(name, overlay_folder(name) + ".py")
-        folders = [overlay_folder(), *spec.submodule_search_locations]
-        file = os.path.join(folders[0], "__init__.py")
-        return spec_from_file_location(name, file, submodule_search_locations=folders)
+        ours = overlay_path(name)
+        if spec.submodule_search_locations is None:
+            return spec_from_file_location(name, ours + ".py")
+        folders = [ours, *spec.submodule_search_locations]
+        return spec_from_file_location(name, os.path.join(ours, "__init__.py"), submodule_search_locations=folders)
 
 
 sys.meta_path.insert(0, OverlayFinder)

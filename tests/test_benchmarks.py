@@ -346,6 +346,190 @@ class TestLaunches:
         assert ours["forward"] == stock["forward"]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the command for a GPU, run on a CPU at small sizes, has written what it found."""
+    folder = tmp_path_factory.mktemp("gpu")
+    command = [sys.executable, BENCHMARKS / "run.py", "--device", "cpu", "--preset", "gpu", "--minutes", "9"]
+    result = subprocess.run([*command, "--output", folder], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "summary.md").read_text().partition("## Summary")[2] in result.stdout
+    return folder
+
+
+class TestGpuPreset:
+    """The command for a GPU, run on a CPU at small sizes. The kernels are tested in test_triton_candidates.py."""
+
+    METHODS = ("LoRA", "DoRA", "PEFT's AdaLoRA", "AdaDoRA")
+    FORMS = ("as it is", "h in one kernel", "norm in one kernel", "both kernels")
+
+    def rows(self, folder, part, table):
+        return json.loads((folder / f"{part}.json").read_text())["tables"][table]["rows"]
+
+    def test_each_part_is_finished_and_written_as_json_and_as_markdown(self, folder):
+        parts = {path.stem for path in folder.glob("*.json")} - {"summary"}
+        assert parts == {"A", "B", "C", "D", "E", "A-compiled"}
+        for part in parts:
+            tables = json.loads((folder / f"{part}.json").read_text())["tables"]
+            markdown = (folder / f"{part}.md").read_text()
+            assert all(f"## {table['title']}" in markdown for table in tables.values())
+            assert f"{part}-failure" not in tables
+
+    @pytest.mark.parametrize("part, kind", [("A", "bfloat16"), ("E", "4-bit")])
+    def test_a_training_step_is_timed_counted_and_priced(self, folder, part, kind):
+        if kind == "4-bit":
+            pytest.importorskip("bitsandbytes")
+        rows = self.rows(folder, part, f"gpu-training-{kind}")
+        assert tuple(row["method"] for row in rows if row["tokens"] == 16) == self.METHODS
+        for row in rows:
+            assert row["failure"] is None
+            phases = [row[f"{phase} (ms)"] for phase in ("forward", "backward", "optimizer", "allocation")]
+            assert row["step (ms)"]["median"] == pytest.approx(sum(phases), rel=0.5)
+            assert row["launches"] > 50 and row["peak (MiB)"] > 0
+            if (row["method"], kind) != ("DoRA", "4-bit"):  # which cannot be counted
+                assert row["time / price"] * row["price (ms)"] == pytest.approx(sum(phases) - phases[2], rel=0.5)
+        assert rows[2]["/ PEFT's AdaLoRA"]["median"] == 1
+
+    def test_what_is_counted_is_what_the_section_of_launches_counts(self, folder, bench):
+        rows = self.rows(folder, "A", "gpu-training-bfloat16")
+        counts = {row["method"]: row["launches, counted"] for row in rows if row["tokens"] == 16}
+        for method in ("LoRA", "DoRA", "AdaDoRA"):
+            assert counts[method] == bench.launches.one_layer(method, "bfloat16", 16, 64)["total"]
+        # PEFT's own regularization and allocation take more than ours
+        assert counts["PEFT's AdaLoRA"] > bench.launches.one_layer("AdaLoRA", "bfloat16", 16, 64)["total"]
+
+    def test_each_form_of_the_norm_is_timed_and_checked(self, folder):
+        rows = self.rows(folder, "B", "gpu-norm")
+        shapes = {(row["out×in"], row["layers"]) for row in rows}
+        assert shapes == {("64×64", 2), ("16×64", 2), ("224×64", 2), ("64×224", 1)}
+        errors = {row["form"]: row["error"] for row in rows}
+        assert errors.pop("R in one part") > 1e-6 > max(errors.values())
+        assert errors.keys() == {"R in two parts", "R in two parts, ‖W‖² kept", "float32 blocks", "dense"}
+
+    def test_evaluation_is_timed_inside_and_outside_of_dora_caching(self, folder):
+        rows = self.rows(folder, "C", "gpu-evaluation")
+        steps = ["prefill", "prefill, DoraCaching()", "generate"]
+        assert [(row["step"], row["method"]) for row in rows] == [
+            (step, name) for step in steps for name in self.METHODS
+        ]
+        assert all(row["time (ms)"]["median"] > 0 and row["failure"] is None for row in rows)
+
+    def test_each_kernel_stands_beside_the_form_that_it_would_replace(self, folder):
+        pytest.importorskip("triton")
+        rows = self.rows(folder, "D", "gpu-training-kernels")
+        assert tuple(row["form"] for row in rows if row["tokens"] == 16) == self.FORMS
+        assert all(row["failure"] is None for row in rows)
+        for table, error in (("gpu-output-kernel", "error of the gradients"), ("gpu-norm-kernel", "error")):
+            for row in self.rows(folder, "D", table):
+                assert row["failure"] is None
+                assert row[error] < (1e-2 if "output" in table else 1e-6)
+
+    def test_the_summary_answers_what_the_norm_and_the_kernels_are_worth(self, folder):
+        answers = json.loads((folder / "summary.json").read_text())["summary"]
+        assert any(answer.startswith("B. To take ‖W‖² anew costs") for answer in answers)
+        kernels = [answer for answer in answers if answer.startswith("D. ")]
+        if len(kernels) == 3:
+            assert all("(a kernel has to save 10 %)" in answer for answer in kernels)
+        assert not any("Not finished" in answer or "not measured" in answer for answer in answers)
+
+
+class TestGpuRun:
+    """What goes wrong in a run costs what it concerns, and no more."""
+
+    @pytest.fixture
+    def run(self, bench, settings, tmp_path, monkeypatch):
+        run = bench.gpu.Run(settings, bench.gpu_parts.SMALL, tmp_path, 60, {})
+        monkeypatch.setattr(run, "release", lambda: None)
+        return run
+
+    @pytest.fixture
+    def worker(self, bench, tmp_path, monkeypatch):
+        """A worker whose process answers what it is asked to answer."""
+        with open(tmp_path / "log.txt", "w") as log:
+            worker = bench.gpu.Worker(True, None, log)
+            code = "import json, sys, time\nfor line in sys.stdin:\n {}\n print(json.loads(line)['reply'], flush=True)"
+
+            def start():
+                if worker.process is None:
+                    ending = "json.loads(line)['reply'] == 'end' and sys.exit()"
+                    pipe = subprocess.PIPE
+                    command = [sys.executable, "-c", code.format(ending)]
+                    worker.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+            monkeypatch.setattr(worker, "start", start)
+            yield worker
+            worker.stop()
+
+    def test_a_part_that_fails_keeps_the_tables_that_it_had(self, bench, run, tmp_path):
+        def tables():
+            yield bench.report.Table("first", "First", [{"a": 1}])
+            raise ValueError("no such thing")
+
+        run.part("X", "A part", 1.0, tables())
+        written = json.loads((tmp_path / "X.json").read_text())["tables"]
+        assert written["first"]["rows"] == [{"a": 1}]
+        assert written["X-failure"]["rows"] == [{"failure": "ValueError no such thing"}]
+        assert "| ValueError no such thing |" in (tmp_path / "X.md").read_text()
+        assert run.failures == ["X (A part), ValueError no such thing"]
+
+    def test_a_part_whose_time_is_up_does_not_begin(self, bench, run):
+        begun = []
+        run.part("X", "A part", 0.0, (begun.append(1) for _ in range(1)))
+        assert not begun
+        assert run.failures == ["X (A part), its time is up"]
+
+    @pytest.mark.parametrize(
+        "reply, seconds, message",
+        [
+            ('{"error": "ValueError wrong"}', 60, "ValueError wrong"),
+            ("end", 60, "the process ended"),
+            ('{"result": 1}', 0, "no answer in 0 s"),
+        ],
+    )
+    def test_a_process_that_does_not_answer_is_replaced(self, bench, worker, reply, seconds, message):
+        with pytest.raises(bench.gpu_parts.NoAnswer, match=message):
+            worker.ask(seconds, reply=reply)
+        assert worker.ask(60, reply='{"result": [2]}') == [2]
+
+    def test_a_method_that_fails_does_not_lose_the_others(self, bench, run, monkeypatch):
+        def ask(process, task, variant, **arguments):
+            if variant == "DoRA":
+                raise bench.gpu_parts.NoAnswer("out of memory")
+            return {"kernels": 1} if task == "prepare" else [0.5, 1.5]
+
+        monkeypatch.setattr(run, "ask", ask)
+        turns = bench.gpu_parts.in_turns(run, ("LoRA", "DoRA", "AdaDoRA"), "prepare", "time")
+        assert turns.failures == {"DoRA": "out of memory"}
+        assert turns.ratio("AdaDoRA", "LoRA").median == 1
+        assert turns.spread("LoRA").median == 2000
+        assert turns.spread("DoRA") is None and turns.ratio("LoRA", "DoRA") is None
+
+    def test_a_form_that_fails_does_not_lose_the_others(self, bench):
+        def fails():
+            raise RuntimeError("no such kernel\nand more")
+
+        tasks = bench.gpu_worker.Tasks(CPU)
+        x = torch.ones(4)
+        functions = {"good": lambda: x + 1, "bad": fails}
+        steps = {name: bench.gpu_worker.timed(function) for name, function in functions.items()}
+        found = tasks._against_each_other(functions, steps, dict.fromkeys(functions, dict), rounds=2, share=1)
+        assert found["bad"] == {"failure": "RuntimeError no such kernel"}
+        assert found["good"]["launches"] == 1 and len(found["good"]["seconds"]) == 2
+
+    def test_a_package_that_is_missing_is_the_answer(self, bench, monkeypatch):
+        monkeypatch.setitem(sys.modules, "candidates", None)
+        request = {"task": "outputs", "tokens": 4, "features": 4, "rank": 2, "rounds": 1, "share": 0}
+        answer = bench.gpu_worker.answer(bench.gpu_worker.Tasks(CPU), request)
+        assert answer["error"].startswith("ModuleNotFoundError")
+
+    @pytest.mark.parametrize("ratio, verdict", [(0.9, "; worth it"), (0.91, "; not worth it")])
+    def test_a_kernel_is_worth_it_if_it_saves_a_tenth(self, bench, ratio, verdict):
+        row = {"tokens": 16, "form": "h in one kernel", "/ as it is": bench.timing.Spread((ratio,)), "failure": None}
+        tables = {"gpu-training-kernels": bench.report.Table("", "", [row])}
+        (answer,) = bench.gpu_summary.kernel_answer(tables, bench.gpu_parts.SMALL)
+        assert f"{ratio:.3f}×" in answer and verdict in answer
+
+
 def test_steps_are_timed_in_processes_that_take_turns(bench, settings):
     (table,) = bench.step.tables(settings)
     assert len(table.rows[0]["AdaDoRA"].values) == 3

@@ -76,12 +76,13 @@ class AdaLoraConfig:
 
 
 def write_stand_in_for_peft(folder, version):
-    """Write a package `peft` that has nothing but AdaLoRA's config, and its metadata."""
+    """Write a package `peft` that has nothing but AdaLoRA's config and a helper, and its metadata."""
     adalora = folder / "peft" / "tuners" / "adalora"
     adalora.mkdir(parents=True)
     (folder / "peft" / "__init__.py").write_text(
         f'__version__ = "{version}"\n\nfrom .tuners.adalora import AdaLoraConfig\n'
     )
+    (folder / "peft" / "helpers.py").write_text("def helper():\n    return __name__\n")
     (folder / "peft" / "tuners" / "__init__.py").touch()
     (adalora / "__init__.py").write_text('from .config import AdaLoraConfig\n\n__all__ = ["AdaLoraConfig"]\n')
     (adalora / "config.py").write_text(STAND_IN_CONFIG)
@@ -428,6 +429,17 @@ class TestUnsupportedPeft:
         folder = unsupported / "peft" / "tuners" / "adalora"
         assert (Path(file), list(map(Path, path))) == (folder / "config.py", [folder])
 
+    def test_its_helpers_are_left_as_they_are_without_a_warning_of_their_own(self, wheel, unsupported):
+        code = (
+            "import json, warnings, peft\n"
+            "with warnings.catch_warnings(record=True) as caught:\n"
+            "    warnings.simplefilter('always')\n"
+            "    import peft.helpers\n"
+            "print(json.dumps([peft.helpers.__file__, len(caught)]))"
+        )
+        file, warnings = json.loads(wheel.run("-c", code, python_path=[unsupported]).stdout)
+        assert (Path(file), warnings) == (unsupported / "peft" / "helpers.py", 0)
+
     @pytest.mark.parametrize("before", ["", "import peft; "], ids=["first", "after peft"])
     def test_importing_peft_adadora_raises_an_error_that_names_the_range(self, installed, unsupported, before):
         done = installed.run("-c", f"{before}import peft_adadora", python_path=[unsupported], check=False)
@@ -459,6 +471,45 @@ class TestUnsupportedPeft:
     )
     def test_the_supported_range_is_0_21(self, version, supported):
         assert importlib.import_module("_peft_adadora").is_supported(version) == supported
+
+
+class TestModuleOutsideOfAdaLora:
+    """A single module of PEFT, such as `peft.helpers`, is overridden like a module of `peft.tuners.adalora`."""
+
+    @pytest.mark.parametrize("kind, folder", [("wheel", "peft_adadora/peft"), ("editable", "checkout/src/peft")])
+    def test_ours_and_the_installed_one_are_found_after_installing(self, request, kind, folder, stand_in):
+        environment = request.getfixturevalue(kind)
+        root = environment.site_packages if kind == "wheel" else environment.folder
+        code = (
+            "from importlib.util import find_spec\n"
+            "print(find_spec('peft.helpers').origin, find_spec('peft.stock_helpers').origin)"
+        )
+        ours, stock = environment.run("-c", code, python_path=[stand_in]).stdout.split()
+        assert (Path(ours), Path(stock)) == (root / folder / "helpers.py", stand_in / "peft" / "helpers.py")
+
+    def test_ours_has_every_name_of_the_installed_one(self, monkeypatch):
+        import peft
+        from peft import helpers, stock_helpers
+
+        assert Path(stock_helpers.__file__) == Path(peft.__file__).with_name("helpers.py")
+        assert Path(helpers.__file__) != Path(stock_helpers.__file__)
+        assert vars(helpers).keys() >= vars(stock_helpers).keys()
+        assert peft.find_kappa_target_modules is helpers.find_kappa_target_modules
+        monkeypatch.setattr(stock_helpers, "_left_out_by_a_star", object(), raising=False)
+        assert helpers._left_out_by_a_star is stock_helpers._left_out_by_a_star
+        with pytest.raises(ImportError, match="cannot import name 'gone' from 'peft.helpers'"):
+            from peft.helpers import gone  # noqa: F401
+
+    def test_an_installed_one_that_was_imported_before_stays(self, wheel, stand_in):
+        code = (
+            "import peft.helpers as before\n"
+            "import _peft_adadora, peft.stock_helpers\n"
+            "import peft.helpers as after\n"
+            "assert before is after\n"
+            "print(after.helper(), peft.stock_helpers.helper())"
+        )
+        done = wheel.run("-S", "-c", code, python_path=[stand_in, wheel.site_packages])
+        assert done.stdout == "peft.helpers peft.stock_helpers\n"
 
 
 class TestModulesOfPeft:

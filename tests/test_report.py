@@ -1,9 +1,11 @@
 """What `peft-adadora report` says is what the model, the run and PEFT say, and what it cannot know it does not say."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,24 @@ class TestRanks:
 
         edit_weights(adapter, empty)
         assert {module.name: module.rank for module in read_report(adapter).modules}["middle"] == 0
+
+    def test_are_told_by_the_weights_whatever_rank_pattern_the_config_has(self, saved):
+        _, adapter, _ = saved
+        ranks = [module.rank for module in read_report(adapter).modules]
+        edit_json(adapter / "adapter_config.json", rank_pattern={"first.lora_E": [True] * 5, "gone.lora_E": [True]})
+        assert [module.rank for module in read_report(adapter).modules] == ranks
+
+    @pytest.mark.parametrize("use_dora_adaptive", METHODS)
+    def test_leave_out_singular_values_of_zero_among_all_ranks(self, tmp_path, use_dora_adaptive):
+        make_peft_mlp(use_dora_adaptive=use_dora_adaptive).save_pretrained(tmp_path)
+
+        def prune(weights):
+            weights["base_model.model.first.lora_E"][1:3] = 1e-30
+            weights["base_model.model.last.lora_E"][:] = -1
+
+        edit_weights(tmp_path, prune)
+        modules = {module.name: (module.rank, module.init_r) for module in read_report(tmp_path).modules}
+        assert modules == {"first": (2, 6), "middle": (0, 6), "last": (6, 6)}
 
     def test_come_in_the_order_of_the_layers(self, tmp_path):
         model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3)) for _ in range(11)))
@@ -197,7 +217,7 @@ class TestMagnitudes:
         del weights["last.weight"]
         save_file(weights, base / "model.safetensors")
         text = str(read_report(adapter, base))
-        assert "1 of the modules without a weight there" in text
+        assert "The base model has no weight for 1 of the modules." in text
         assert re.search(r"^last .* not known +not known +not known$", text, flags=re.MULTILINE)
 
     def test_are_read_from_shards(self, saved):
@@ -256,7 +276,7 @@ class TestPlaces:
         report = read_report(folder)
         assert report.folder == folder and report.log[-1]["step"] == 6
         weights = load_file(folder / "adapter_model.safetensors")
-        assert report.rank == sum(len(value) for key, value in weights.items() if key.endswith("lora_E"))
+        assert report.rank == sum(int((value != 0).sum()) for key, value in weights.items() if key.endswith("lora_E"))
         # between two allocations AdaDoRA saves what the optimizer has moved off zero again, too
         assert report.rank >= report.kept(report.log[-1]) > 2 * len(report.modules)
 
@@ -313,6 +333,10 @@ def spoil(adapter):
     edit_weights(adapter, lambda weights: weights["base_model.model.first.lora_magnitude"].fill_(float("nan")))
 
 
+def lengthen(adapter):
+    edit_weights(adapter, lambda weights: weights.update({"base_model.model.first.lora_E": torch.ones(5, 1)}))
+
+
 class TestBrokenInput:
     @pytest.mark.parametrize(
         "damage, sentence",
@@ -323,7 +347,8 @@ class TestBrokenInput:
             (remove("adapter_model.safetensors"), "There is no adapter_model.safetensors"),
             (remove("adapter_config.json"), "There is no adapter in"),
             (edit_config(tinit=None), "tinit is None instead of a number"),
-            (edit_config(rank_pattern={"first.lora_E": [True] * 5}), "do not fit"),
+            (edit_config(init_r=1), "do not fit init_r=1"),
+            (lengthen, "The ranks of A, E and B of first in .* do not fit"),
             (drop("base_model.model.first.lora_magnitude"), "first.lora_magnitude is missing"),
             (drop("base_model.model.first.lora_B"), "first.lora_B is missing"),
             (spoil, "first.lora_magnitude in .* is broken"),
@@ -397,6 +422,34 @@ class TestCommand:
             done.stderr == 'peft-adadora: there are no pictures without matplotlib: pip install "peft-adadora[plot]"\n'
         )
         assert not (tmp_path / "out").exists()
+
+    def test_says_its_version(self, capsys):
+        from _peft_adadora_command import main
+
+        with pytest.raises(SystemExit, match="0"):
+            main(["--version"])
+        assert capsys.readouterr().out == f"peft-adadora {version('peft-adadora')}\n"
+
+    @pytest.mark.parametrize(
+        "place, sentence", [("file", "is a file; name a folder"), ("file/new", "Not a directory")]
+    )
+    def test_says_in_one_line_that_the_output_is_no_folder(self, saved, tmp_path, place, sentence):
+        (tmp_path / "file").write_text("kept")
+        done = command("report", saved[1], "--output", tmp_path / place)
+        assert done.returncode == 1
+        assert re.fullmatch(rf"peft-adadora: .*{sentence}.*\n", done.stderr)
+        assert (tmp_path / "file").read_text() == "kept"
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows reports a closed pipe in another way")
+    def test_says_in_one_line_that_the_pipe_is_closed(self, saved):
+        reader, writer = os.pipe()
+        os.close(reader)
+        code = "import sys; from _peft_adadora_command import main; sys.exit(main(sys.argv[1:]))"
+        arguments = [sys.executable, "-c", code, "report", saved[1]]
+        done = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert done.returncode == 1
+        assert re.fullmatch(r"peft-adadora: .*Broken pipe\n", done.stderr)
 
     def test_is_installed(self):
         done = subprocess.run(

@@ -14,6 +14,8 @@
 
 """PEFT's helpers, with a `DoraCaching` that caches m / n of AdaDoRA too."""
 
+from typing import Any
+
 from . import stock_helpers as stock
 from .stock_helpers import *
 from .tuners.adalora.cache import Cache, swap_cache
@@ -34,3 +36,7 @@ class DoraCaching(stock.DoraCaching):
     def __call__(self, enabled: bool = True) -> None:
         super().__call__(enabled)
         swap_cache(Cache(in_training=False) if enabled else None)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(stock, name)

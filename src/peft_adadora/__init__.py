@@ -1,11 +1,9 @@
-"""AdaDoRA for PEFT: `AdaLoraConfig(..., use_dora_adaptive=True)`, for which nothing here has to be imported.
+"""AdaDoRA for PEFT. `AdaLoraConfig(..., use_dora_adaptive=True)` works without importing this package.
 
-What there is: `AdaLoraCallback` for the Trainer of transformers (also in `peft.tuners.adalora`), `read_report` and
-`figures` to see what a run has learned, and `doctor` to see whether AdaDoRA is active. Where start-up files are not
-read (`python -S`, or `pip install --target` with `PYTHONPATH`), import this package before `peft`.
-
-Raises `ImportError` when PEFT is not installed or outside the supported range, and when `peft.tuners.adalora` was
-already imported without AdaDoRA.
+`AdaLoraCallback` is for the Trainer of transformers (also in `peft.tuners.adalora`), `read_report` and `figures` show
+what a run has learned, and `doctor` tells whether AdaDoRA is active. Import this package before `peft` where Python
+reads no start-up files, as with `python -S`. This raises `ImportError` if PEFT is missing or not supported, or if
+`peft.tuners.adalora` was imported without AdaDoRA.
 """
 
 import sys
@@ -23,20 +21,14 @@ try:
 except PackageNotFoundError:
     _peft_version = ""
 if not _overlay.is_supported(_peft_version):
-    raise ImportError(
-        f"peft-adadora {__version__} supports peft {_overlay.SUPPORTED_PEFT} but "
-        f"{f'peft {_peft_version}' if _peft_version else 'no peft'} is installed; install a supported peft."
-    )
+    _found = f"peft {_peft_version}" if _peft_version else "no peft"
+    raise ImportError(f'{_found} is installed, but peft-adadora needs: pip install "peft{_overlay.SUPPORTED_PEFT}"')
 
-_adalora = sys.modules.get(_overlay.PACKAGE)
-if _adalora is not None and _overlay.overlay_folder() not in _adalora.__path__:
-    raise ImportError(
-        f"{_overlay.PACKAGE} was imported before peft_adadora could add AdaDoRA to it; restart Python and import "
-        "peft_adadora before peft."
-    )
+_adalora = sys.modules.get("peft.tuners.adalora")
+if _adalora is not None and _overlay.overlay_path(_adalora.__name__) not in _adalora.__path__:
+    raise ImportError("PEFT was imported without AdaDoRA; restart Python and import peft_adadora before peft.")
 
-
-# imported when they are asked for, because some import torch and others matplotlib
+# these modules import torch or matplotlib, so they wait until a name is used
 _PLACES = {
     "AdaLoraCallback": "peft.tuners.adalora",
     "doctor": "_peft_adadora_command",

@@ -64,7 +64,8 @@ def keep_most_important(scores: Tensors, count: int) -> list[list[bool]]:
     Which triplets to keep, for each layer, so that `count` remain in all layers together. Ties with the last one that
     is pruned are pruned too. `scores` has a tensor (r,) for each layer, in the dtype of the layer.
     """
-    together = torch.cat([score.to(scores[0].device) for score in scores])
+    # on the CPU, which has to know the result, and has a deterministic `kthvalue`
+    together = torch.cat([score.to(scores[0].device) for score in scores]).cpu()
     pruned = len(together) - count
     threshold = together.kthvalue(pruned)[0] if pruned else together.new_tensor(-torch.inf)
     # PEFT compares the scores of a layer with the threshold in the dtype of the layer

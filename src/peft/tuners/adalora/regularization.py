@@ -49,4 +49,4 @@ def orthogonality_loss(layers: Iterable[nn.Module], adapter_name: str) -> torch.
         products = stacked.mT @ stacked if is_transposed else stacked @ stacked.mT
         identity = torch.eye(products.shape[1], dtype=products.dtype, device=products.device)
         norms.append(torch.linalg.matrix_norm(products - identity))
-    return torch.cat(norms).mean()
+    return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()

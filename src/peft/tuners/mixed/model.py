@@ -59,3 +59,7 @@ class MixedModel(stock.MixedModel):
                 adadora.update(getattr(module, "lora_magnitude", ()))
         for sharing in active.values():
             check_sole_adapter(sharing, adadora)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(stock, name)

@@ -1,0 +1,51 @@
+"""All names inside of `peft.tuners.adalora` that the benchmarks use, in one place, so that a rename is one edit."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+import torch
+
+from peft.tuners.adalora import rows, variants
+from peft.tuners.adalora.adadora import adapted_output, squared_adapted_row_norm
+from peft.tuners.adalora.base_weight import base_rows, base_weight
+from peft.tuners.adalora.merging import overwrite_base_weight
+from peft.tuners.adalora.rows import by_blocks as blockwise
+from peft.tuners.adalora.rows import rows_times as matmul_rows
+from peft.tuners.adalora.rows import squared_row_norm
+from peft.tuners.adalora.stock_layer import RankAllocator as StockRankAllocator
+
+
+__all__ = [
+    "StockRankAllocator",
+    "adapted_output",
+    "base_rows",
+    "base_weight",
+    "blockwise",
+    "matmul_rows",
+    "multiplying_as_cuda",
+    "overwrite_base_weight",
+    "replaced",
+    "squared_adapted_row_norm",
+    "squared_row_norm",
+]
+
+
+@contextmanager
+def multiplying_as_cuda() -> Iterator[None]:
+    """A context in which weights in low precision are multiplied on any device as on a GPU, summed up in float32."""
+
+    def product(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    with patch.object(rows, "multiplies_into_float32", lambda weight: True), patch.object(torch, "mm", product):
+        yield
+
+
+@contextmanager
+def replaced(**functions: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """A context in which the layers call other functions for `adapted_output` or `squared_adapted_row_norm`."""
+    with ExitStack() as stack:
+        for name, function in functions.items():
+            stack.enter_context(patch.object(variants, name, function))
+        yield
