@@ -51,6 +51,8 @@ def build(stock: Path, tree: Path) -> None:
     shutil.copytree(stock, tree, ignore=shutil.ignore_patterns("__pycache__"))
     apply(tree, ADADORA / "peft.patch")
     for path in new_modules(stock):
-        # the overlay calls PEFT's own `layer` `stock_layer`
+        # the overlay calls PEFT's own `layer` `stock_layer`, which has another place in the order of imports
         code = (ROOT / path).read_text().replace("from . import stock_layer as", "from . import layer as")
+        imports = re.compile(r"(^from \. import .*\n)+", re.MULTILINE)
+        code = imports.sub(lambda found: "".join(sorted(found[0].splitlines(keepends=True))), code)
         (tree / path).write_text(code)
