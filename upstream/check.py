@@ -125,11 +125,16 @@ def run_tests(python: Path, tree: Path, folder: Path, arguments: list[str], patt
     return outcomes
 
 
+def options_of_peft(tree: Path) -> list[str]:
+    """Arguments of pytest for PEFT's tests in a tree, which gets what they need."""
+    (tree / "tests" / "__init__.py").touch()  # the source distribution lacks it
+    (tree / "no_waiting.py").write_text(NO_WAITING)
+    return ["-p", "no_waiting", "-o", "addopts="]
+
+
 def run_tests_of_peft(python: Path, tree: Path, left_out: Path | None = None) -> dict[str, str]:
     """Run PEFT's tests for what the series could touch, without those that a file of arguments leaves out."""
-    (tree / "tests" / "__init__.py").touch()
-    (tree / "no_waiting.py").write_text(NO_WAITING)
-    options = ["-p", "no_waiting", "--continue-on-collection-errors", "-o", "addopts="]
+    options = [*options_of_peft(tree), "--continue-on-collection-errors"]
     options += [f"@{left_out}"] if left_out else []
     outcomes = run_tests(python, tree, tree, [*options, *(f"tests/{name}" for name in FILES_OF_PEFT)])
     others = [f"--ignore=tests/{name}" for name in FILES_OF_PEFT]
@@ -269,8 +274,7 @@ class Check:
             self.must_pass(name, run_tests(self.python, tree, ROOT, ["-m", WITHOUT_OVERLAY, "tests"])),
         ]
         series.apply(tree, folder / "tests.patch")
-        (tree / "no_waiting.py").write_text(NO_WAITING)
-        options = ["-p", "no_waiting", "-o", "addopts=", "tests/test_custom_models.py", "-k", "AdaDoRA"]
+        options = [*options_of_peft(tree), "tests/test_custom_models.py", "-k", "AdaDoRA"]
         row += [self.must_pass(name, run_tests(self.python, tree, tree, options)), self.style(name, tree)]
         print_row(row)
 
