@@ -10,9 +10,7 @@ from peft.tuners.adalora import rows, variants
 from peft.tuners.adalora.adadora import adapted_output, squared_adapted_row_norm
 from peft.tuners.adalora.base_weight import base_rows, base_weight
 from peft.tuners.adalora.merging import overwrite_base_weight
-from peft.tuners.adalora.rows import by_blocks as blockwise
-from peft.tuners.adalora.rows import rows_times as matmul_rows
-from peft.tuners.adalora.rows import squared_row_norm
+from peft.tuners.adalora.rows import blockwise, matmul_rows, row_norm
 from peft.tuners.adalora.stock_layer import RankAllocator as StockRankAllocator
 
 
@@ -22,13 +20,19 @@ __all__ = [
     "base_rows",
     "base_weight",
     "blockwise",
-    "matmul_rows",
     "multiplying_as_cuda",
     "overwrite_base_weight",
+    "product_alone",
     "replaced",
+    "row_norm",
     "squared_adapted_row_norm",
-    "squared_row_norm",
 ]
+
+
+def product_alone(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """W Rᵀ (out, r) as the layers compute it, without the norm of W (out, in) that they compute with it."""
+    with patch.object(rows, "row_norm", lambda weight: weight.new_empty(0, 1)):
+        return matmul_rows(weight, right)[0]
 
 
 @contextmanager

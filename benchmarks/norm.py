@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from cases import LayerCase, without_gradients
-from internals import squared_row_norm
+from internals import row_norm
 from norm_forms import as_it_is, with_base_norm
 from report import Table
 from settings import Settings
@@ -21,16 +21,16 @@ PUBLISHED = {(4096, 4096, 8): 4.76, (11008, 4096, 64): 5.80}
 def norm_functions(case: LayerCase, device: torch.device) -> dict[str, Callable[[], torch.Tensor]]:
     """Functions that give the row norms of an adapted layer, without gradients.
 
-    The layer keeps ‖W‖² of its frozen weight from step to step, so what it pays is the norm with it. The dense one
-    makes W + ΔW in float32 and takes its norm. PEFT's is what its DoRA does in each forward pass: the update is a
-    product with an identity matrix, the rest is as in the dense one.
+    The layer computes ‖W‖² in each step; one form shows the time without it. The dense one makes W + ΔW in float32 and
+    takes its norm. PEFT's is what its DoRA does in each forward pass: the update is a product with an identity matrix,
+    the rest is as in the dense one.
     """
     adadora, dora = (adapted_layers(model)[0] for model in case.build(device, (ADADORA, DORA)).values())
     weight = adadora.get_base_layer().weight
     lora_A, lora_E, lora_B = (getattr(adadora, name)[ADAPTER] for name in ("lora_A", "lora_E", "lora_B"))
     scaled_E = lora_E * (adadora.scaling[ADAPTER] / (adadora.ranknum[ADAPTER] + 1e-5))
     factors = weight, lora_A, scaled_E, lora_B
-    norm_with_base_norm = with_base_norm(squared_row_norm(weight))
+    norm_with_base_norm = with_base_norm(row_norm(weight).square())
     magnitude = dora.lora_magnitude_vector[ADAPTER]
 
     def dense() -> torch.Tensor:

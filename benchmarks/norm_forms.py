@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from internals import blockwise, matmul_rows, squared_adapted_row_norm, squared_row_norm
+from internals import blockwise, product_alone, row_norm, squared_adapted_row_norm
 from names import BLOCKS, DENSE_NORM, KEPT, ONE_PART, TWO_PARTS
 
 
@@ -36,7 +36,7 @@ def with_base_norm(squared_base_norm: torch.Tensor) -> Norm:
 
     def norm(weight: torch.Tensor, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
         right = lora_A * scaled_E
-        return from_products(squared_base_norm, matmul_rows(weight, right), right, lora_B)
+        return from_products(squared_base_norm, product_alone(weight, right), right, lora_B)
 
     return norm
 
@@ -45,15 +45,15 @@ def in_one_part(
     weight: torch.Tensor, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor
 ) -> torch.Tensor:
     right = lora_A * scaled_E
-    return from_products(squared_row_norm(weight), product_in_one_part(weight, right), right, lora_B)
+    return from_products(row_norm(weight).square(), product_in_one_part(weight, right), right, lora_B)
 
 
 def in_float32_blocks(
     weight: torch.Tensor, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor
 ) -> torch.Tensor:
     right = lora_A * scaled_E
-    products = blockwise(lambda rows: rows @ right.T, weight)
-    return from_products(squared_row_norm(weight), products, right, lora_B)
+    products = torch.cat([rows @ right.T for rows in blockwise(weight)])
+    return from_products(row_norm(weight).square(), products, right, lora_B)
 
 
 def dense(weight: torch.Tensor, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def forms(weight: torch.Tensor) -> dict[str, Norm]:
     """All forms by name, with ‖W‖² of this weight kept for the form that keeps it."""
     return {
         TWO_PARTS: as_it_is,
-        KEPT: with_base_norm(squared_row_norm(weight)),
+        KEPT: with_base_norm(row_norm(weight).square()),
         ONE_PART: in_one_part,
         BLOCKS: in_float32_blocks,
         DENSE_NORM: dense,

@@ -12,11 +12,7 @@ import os
 import sys
 
 
-OVERLAID = (
-    "peft.helpers",
-    "peft.tuners.adalora",
-    "peft.tuners.mixed.model",
-)  # modules and packages; PEFT itself imports them all
+OVERLAID = ("peft.helpers", "peft.tuners.adalora", "peft.tuners.mixed.model")  # modules and packages of PEFT
 SUPPORTED_PEFT = ">=0.21.0,<0.22"
 
 

@@ -143,9 +143,9 @@ def watch_pruned_entries(trainer: Trainer) -> list[float]:
     The largest pruned entry of any E at each forward pass after the last allocation, from where on each step masks.
     """
     largest = []
-    config = trainer.model.peft_config["default"]
 
     def look(*_: Any) -> None:
+        config = trainer.model.peft_config["default"]
         if trainer.state.global_step < STEPS - config.tfinal:
             return
         # saving drops the name of the adapter

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 from trainer_run import (
     STEPS,
@@ -26,12 +27,11 @@ from peft.tuners.adalora import AdaLoraCallback, AdaLoraLayer
 
 
 def everything_in(checkpoint: Path) -> dict[str, object]:
-    """All numbers of a checkpoint: weights, ranks, averages, optimizer, schedule, and the losses so far."""
+    """All numbers of a checkpoint: weights, averages, optimizer, schedule, and the losses so far."""
     log_history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     return {
         "adapter": load_file(checkpoint / "adapter_model.safetensors"),
-        "unpruned": load_file(checkpoint / "adalora_state.safetensors"),
-        "ranks": json.loads((checkpoint / "adapter_config.json").read_text())["rank_pattern"],
+        "averages": load_file(checkpoint / "adalora_state.safetensors"),
         "optimizer": torch.load(checkpoint / "optimizer.pt")["state"],
         "scheduler": torch.load(checkpoint / "scheduler.pt"),
         "logs": [logs for logs in log_history if "loss" in logs],
@@ -39,7 +39,7 @@ def everything_in(checkpoint: Path) -> dict[str, object]:
 
 
 def assert_same(actual, expected, where: str = "") -> None:
-    """Equal bit by bit, through dicts and lists."""
+    """Equal bit for bit, through dicts and lists."""
     assert type(actual) is type(expected), where
     if isinstance(expected, dict):
         assert actual.keys() == expected.keys(), where
@@ -54,6 +54,30 @@ def assert_same(actual, expected, where: str = "") -> None:
             assert_same(one, other, f"{where}/{index}")
     else:
         assert actual == expected, where
+
+
+def ranks_of(model: torch.nn.Module) -> int:
+    """The ranks that the parameters have, in total."""
+    return sum(len(param) for name, param in model.named_parameters() if "lora_E" in name)
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    was_training = model.training
+    with torch.no_grad():
+        logits = model.eval()(RandomTokens()[3]["input_ids"][None]).logits
+    model.train(was_training)
+    return logits
+
+
+class At(TrainerCallback):
+    """Calls a function with the model and the control in an event of a step."""
+
+    def __init__(self, event, step, function):
+        def handle(args, state, control, model, **kwargs):
+            if state.global_step == step:
+                function(model, control)
+
+        setattr(self, event, handle)
 
 
 class AtEachStep(TrainerCallback):
@@ -157,6 +181,17 @@ class TestSchedule:
         assert not steps
         assert trainer.model.peft_config["default"].total_step == 1000
 
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    def test_the_config_of_the_user_stays_as_it_is(self, use_dora_adaptive, tmp_path):
+        config = make_adalora_config(use_dora_adaptive=use_dora_adaptive, total_step=1000)
+        waiting, before = get_peft_model(make_llama(), config), dict(vars(config))
+        trainer = make_trainer(tmp_path, config)
+        trainer.train()
+        assert trainer.model.peft_config["default"].total_step == STEPS
+        assert vars(config) == before
+        assert waiting.peft_config["default"].total_step == 1000
+        assert waiting.peft_config["default"].rank_pattern is None
+
     def test_a_model_without_adalora_is_refused(self, tmp_path):
         trainer = Trainer(
             make_llama(), make_arguments(tmp_path), train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()]
@@ -165,7 +200,7 @@ class TestSchedule:
             trainer.train()
 
     def test_training_a_pruned_adapter_on_is_refused(self, run, tmp_path):
-        model = PeftModel.from_pretrained(make_llama(), run / f"checkpoint-{STEPS}", is_trainable=True)
+        model = PeftModel.from_pretrained(make_llama(), run / "adapter", is_trainable=True)
         trainer = Trainer(model, make_arguments(tmp_path), train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()])
         with pytest.raises(ValueError, match="instead of init_r=4, because the adapter was loaded pruned"):
             trainer.train()
@@ -179,6 +214,38 @@ def test_without_the_callback_a_warning_says_that_no_rank_is_pruned():
         for _ in range(250):
             model(input_ids=tokens, labels=tokens)
     assert len([warning for warning in caught if "no rank will be pruned" in str(warning.message)]) == 1
+
+
+@pytest.mark.parametrize("skipped_step", [6, 11], ids=["an allocation", "the last allocation"])
+def test_a_step_that_a_gradient_scaler_skipped_does_not_count(skipped_step, tmp_path, monkeypatch):
+    """Only the last allocation still takes place at its step."""
+    masks, averages = {}, {}
+
+    def step(self, closure=None):
+        if trainer.state.global_step != skipped_step:
+            return self.optimizer.step(closure)
+        for param in trainer.model.parameters():
+            if param.grad is not None:
+                param.grad.fill_(torch.inf)
+
+    def note(step, model):
+        allocator = model.base_model.rankallocator
+        masks[step] = {name: (param != 0).tolist() for name, param in model.named_parameters() if "lora_E" in name}
+        averages[step] = {name: score.clone() for name, score in allocator.state_dict().items()}
+
+    # allocated in steps 4, 6, 8 and 10, or 4 and 8, and in step 11
+    config = make_adalora_config(deltaT=2 if skipped_step == 6 else 4)
+    trainer = make_trainer(tmp_path, config, (AtEachStep(note),), save_strategy="no")
+    is_skipped = property(lambda _: trainer.state.global_step == skipped_step)
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", is_skipped)
+    trainer.train()
+    is_last = skipped_step == 11
+    assert (masks[skipped_step] == masks[skipped_step - 1]) is not is_last
+    assert sum(sum(map(sum, mask)) for mask in masks[STEPS - 1].values()) == 12
+    if not is_last:
+        assert_same(averages[skipped_step], averages[skipped_step - 1])
+        assert all(score.isfinite().all() for score in averages[skipped_step + 1].values())
 
 
 class TestLogs:
@@ -274,16 +341,27 @@ class TestInjected:
             callbacks=[AdaLoraCallback()],
         )
         trainer.train()
-        pattern = config.rank_pattern
+        pattern = model.peft_config["default"].rank_pattern
         assert sum(sum(kept) for kept in pattern.values()) == 12
         if inject == "inject_adapter_in_model":
             return
-        model.eval()
-        tokens = RandomTokens()[3]["input_ids"][None]
-        expected = model(tokens).logits
         model.save_pretrained(tmp_path / "adapter")
         loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
-        torch.testing.assert_close(loaded(tokens).logits, expected)
+        torch.testing.assert_close(logits_of(loaded), logits_of(model))
+
+    @pytest.mark.parametrize("step", [6, 12], ids=["during", "after"])
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    def test_a_model_with_an_injected_adapter_resumes_exactly(self, use_dora_adaptive, step, tmp_path):
+        def train(folder, checkpoint=None):
+            config = make_adalora_config(use_dora_adaptive=use_dora_adaptive)
+            model = inject_adapter_in_model(config, make_llama())
+            arguments = make_arguments(folder)
+            trainer = Trainer(model, arguments, train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()])
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return {name: param for name, param in model.named_parameters() if "lora_" in name}
+
+        expected = train(tmp_path / "run")
+        assert_same(train(tmp_path / "resumed", tmp_path / "run" / f"checkpoint-{step}"), expected)
 
 
 @pytest.fixture(
@@ -304,7 +382,7 @@ def uninterrupted(settings, tmp_path_factory):
 
 
 class TestResume:
-    """Killed with SIGKILL and resumed, a run ends bit by bit as one that was never killed."""
+    """Killed with SIGKILL and resumed, a run ends bit for bit as one that was never killed."""
 
     def test_the_run_learns_and_prunes(self, uninterrupted):
         end = everything_in(uninterrupted / f"checkpoint-{STEPS}")
@@ -343,7 +421,9 @@ class TestResume:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    make_trainer(folder).train()
+    trainer = make_trainer(folder)
+    trainer.train()
+    trainer.save_model(folder / "adapter")
     return folder
 
 
@@ -374,30 +454,85 @@ class TestCheckpoint:
         make_trainer(copy)
         assert (folder / "notes.txt").exists()
 
-    def test_the_adapter_in_it_is_pruned_and_loads(self, run):
-        model = PeftModel.from_pretrained(make_llama(), run / f"checkpoint-{STEPS}")
-        ranks = [len(param) for name, param in model.named_parameters() if "lora_E" in name]
-        assert sum(ranks) == 12
+    def test_the_adapter_in_it_has_all_ranks_and_predicts_as_the_pruned_one(self, run):
+        checkpoint, pruned = (
+            PeftModel.from_pretrained(make_llama(), run / name).eval() for name in (f"checkpoint-{STEPS}", "adapter")
+        )
+        assert ranks_of(checkpoint) == 24 and ranks_of(pruned) == 12
+        values_of_E = [param.view(-1) for name, param in checkpoint.named_parameters() if "lora_E" in name]
+        assert torch.cat(values_of_E).count_nonzero() == 12
+        tokens = RandomTokens()[3]["input_ids"][None]
+        torch.testing.assert_close(checkpoint(tokens).logits, pruned(tokens).logits)
 
     def test_without_the_state_it_resumes_with_a_warning(self, copy):
         (copy / "checkpoint-9" / "adalora_state.safetensors").unlink()
         trainer = make_trainer(copy)
-        with pytest.warns(UserWarning, match="resumes only approximately: pruned triplets start afresh"):
+        with pytest.warns(UserWarning, match="resumes only approximately: averages start from zero"):
             trainer.train(resume_from_checkpoint=True)
         assert sum(sum(kept) for kept in trainer.model.peft_config["default"].rank_pattern.values()) == 12
 
-    def test_an_explicit_path_is_found(self, copy, tmp_path_factory):
-        other = tmp_path_factory.mktemp("other")
-        checkpoint = str(copy / "checkpoint-9")
-        trainer = make_trainer(other, resume_from_checkpoint=checkpoint)
+    def test_without_the_state_it_resumes_exactly_after_the_last_allocation(self, run, tmp_path):
+        shutil.copytree(run / "checkpoint-12", tmp_path / "checkpoint-12")
+        (tmp_path / "checkpoint-12" / "adalora_state.safetensors").unlink()
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            trainer.train(resume_from_checkpoint=checkpoint)
-        make_trainer(copy).train(resume_from_checkpoint=True)
-        ends = [everything_in(folder / f"checkpoint-{STEPS}") for folder in (other, copy)]
+            make_trainer(tmp_path).train(resume_from_checkpoint=True)
+        assert_same(*[everything_in(folder / f"checkpoint-{STEPS}") for folder in (tmp_path, run)])
+
+    @pytest.mark.parametrize("kind", ["where it is", "a copy", "beside one of another run"])
+    def test_it_resumes_exactly_in_another_output_folder(self, kind, run, tmp_path):
+        checkpoint, output = run / "checkpoint-9", tmp_path / "output"
+        if kind == "a copy":
+            checkpoint = shutil.copytree(checkpoint, tmp_path / "moved")
+        elif kind == "beside one of another run":
+            make_trainer(output, learning_rate=3e-2, max_steps=9).train()
+            assert (output / "checkpoint-9" / "adalora_state.safetensors").exists()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            make_trainer(output).train(resume_from_checkpoint=str(checkpoint))
+        assert_same(*[everything_in(folder / f"checkpoint-{STEPS}") for folder in (output, run)])
+
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    def test_it_resumes_exactly_between_two_allocations(self, use_dora_adaptive, tmp_path):
+        """When Adam has moved pruned singular values off zero again."""
+        config_kwargs = {"use_dora_adaptive": use_dora_adaptive, "deltaT": 4}
+        make_trainer(tmp_path / "run", make_adalora_config(**config_kwargs), save_steps=7).train()
+        trainer = make_trainer(tmp_path / "resumed", make_adalora_config(**config_kwargs))
+        trainer.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-7")
+        ends = [everything_in(tmp_path / name / f"checkpoint-{STEPS}") for name in ("resumed", "run")]
+        assert ends[1]["logs"][6]["adalora_pruned"] > 0
         assert_same(*ends)
 
-    @pytest.mark.parametrize("kind", ["bit", "truncated", "other weights", "other key"])
+    def test_it_resumes_exactly_if_a_callback_behind_it_has_asked_for_the_checkpoint(self, run, tmp_path):
+        def ask(model, control):
+            control.should_save = True
+
+        callback = At("on_step_end", 8, ask)
+        make_trainer(tmp_path / "begun", callbacks=(callback,), save_steps=STEPS).train()
+        trainer = make_trainer(tmp_path / "ended")
+        trainer.train(resume_from_checkpoint=tmp_path / "begun" / "checkpoint-8")
+        assert_same(*[everything_in(folder / f"checkpoint-{STEPS}") for folder in (tmp_path / "ended", run)])
+
+    def test_it_resumes_exactly_if_it_is_the_best(self, tmp_path):
+        def train(folder, checkpoint=None):
+            options = {"eval_strategy": "steps", "eval_steps": 4, "metric_for_best_model": "loss"}
+            trainer = make_trainer(folder, eval_dataset=RandomTokens(), save_strategy="best", **options)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return {name: param.detach() for name, param in trainer.model.named_parameters() if "lora_" in name}
+
+        expected = train(tmp_path / "run")
+        checkpoint = tmp_path / "run" / "checkpoint-8"
+        assert_same(train(tmp_path / "resumed", checkpoint), expected)
+
+    def test_one_of_an_earlier_version_is_refused(self, copy):
+        path = copy / "checkpoint-9" / "adalora_state.safetensors"
+        state = load_file(path)
+        del state["sha256"]
+        save_file({**state, "param.a.lora_E.default": torch.zeros(4, 1)}, path, metadata={"sha256": "0"})
+        with pytest.raises(ValueError, match="is from an earlier version of AdaLoraCallback"):
+            make_trainer(copy).train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize("kind", ["bit", "truncated", "other key"])
     def test_a_broken_state_is_refused(self, kind, copy):
         path = copy / "checkpoint-9" / "adalora_state.safetensors"
         content = bytearray(path.read_bytes())
@@ -406,12 +541,6 @@ class TestCheckpoint:
             path.write_bytes(content)
         elif kind == "truncated":
             path.write_bytes(content[:-100])
-        elif kind == "other weights":
-            weights_path = copy / "checkpoint-9" / "adapter_model.safetensors"
-            weights = load_file(weights_path)
-            key = next(key for key in weights if "lora_B" in key)
-            weights[key] = weights[key] * 1.001
-            save_file(weights, weights_path, metadata={"format": "pt"})
         else:
             state = load_file(path)
             state["exp_avg_ipt.nothing"] = torch.zeros(1)
@@ -419,32 +548,78 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match="broken"):
             make_trainer(copy).train(resume_from_checkpoint=True)
 
-    def test_load_best_model_at_end(self, tmp_path):
+    @pytest.mark.parametrize("save_only_model", [False, True])
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    def test_load_best_model_at_end(self, use_dora_adaptive, save_only_model, tmp_path):
         trainer = make_trainer(
             tmp_path,
+            make_adalora_config(use_dora_adaptive=use_dora_adaptive),
             eval_strategy="steps",
             eval_steps=3,
             load_best_model_at_end=True,
+            save_only_model=save_only_model,
             metric_for_best_model="worst",
             greater_is_better=True,
             eval_dataset=RandomTokens(),
         )
         # the best step is 9, when other ranks were kept than at the end
-        evaluate, tokens, live = trainer.evaluate, RandomTokens()[3]["input_ids"][None], {}
+        evaluate, live = trainer.evaluate, {}
 
         def evaluate_and_note(*args, **kwargs):
             metrics = evaluate(*args, **kwargs)
-            live[trainer.state.global_step] = trainer.model.eval()(tokens).logits.detach()
+            live[trainer.state.global_step] = logits_of(trainer.model)
             return {**metrics, "eval_worst": -abs(trainer.state.global_step - 9)}
 
         trainer.evaluate = evaluate_and_note
         trainer.train()
-        expected = PeftModel.from_pretrained(make_llama(), tmp_path / "checkpoint-9").eval()
-        torch.testing.assert_close(expected(tokens).logits, live[9])
-        torch.testing.assert_close(trainer.model.eval()(tokens).logits, expected(tokens).logits)
+        expected = PeftModel.from_pretrained(make_llama(), tmp_path / "checkpoint-9")
+        torch.testing.assert_close(logits_of(expected), live[9])
+        torch.testing.assert_close(logits_of(trainer.model), live[9])
         trainer.save_model(tmp_path / "best")
-        again = PeftModel.from_pretrained(make_llama(), tmp_path / "best").eval()
-        torch.testing.assert_close(again(tokens).logits, expected(tokens).logits)
+        again = PeftModel.from_pretrained(make_llama(), tmp_path / "best")
+        assert ranks_of(again) == 12
+        torch.testing.assert_close(logits_of(again), live[9])
+
+    @pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_evaluate", "on_save"])
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    def test_what_a_callback_saves_meanwhile_is_pruned_and_predicts(self, event, use_dora_adaptive, tmp_path):
+        live = []
+
+        def save(model, control):
+            live.append(logits_of(model))
+            model.save_pretrained(tmp_path / "adapter")
+
+        trainer = make_trainer(
+            tmp_path,
+            make_adalora_config(use_dora_adaptive=use_dora_adaptive),
+            (At(event, 9, save),),
+            eval_strategy="steps",
+            eval_steps=3,
+            eval_dataset=RandomTokens(),
+        )
+        trainer.train()
+        loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
+        assert ranks_of(loaded) == 12
+        for expected in live:
+            torch.testing.assert_close(logits_of(loaded), expected)
+        assert ranks_of(PeftModel.from_pretrained(make_llama(), tmp_path / "checkpoint-9")) == 24
+
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    def test_what_the_trainer_saves_afterwards_is_pruned_and_predicts(self, use_dora_adaptive, tmp_path):
+        trainer = make_trainer(tmp_path, make_adalora_config(use_dora_adaptive=use_dora_adaptive))
+        trainer.train()
+        trainer.save_model(tmp_path / "adapter")
+        config = json.loads((tmp_path / f"checkpoint-{STEPS}" / "adapter_config.json").read_text())
+        assert config["rank_pattern"] is None and config["total_step"] == STEPS
+        for folder, ranks in (("adapter", 12), (f"checkpoint-{STEPS}", 24)):
+            loaded = PeftModel.from_pretrained(make_llama(), tmp_path / folder)
+            assert ranks_of(loaded) == ranks
+            torch.testing.assert_close(logits_of(loaded), logits_of(trainer.model))
+
+    def test_the_adapter_in_it_is_pruned_if_nothing_resumes_from_it(self, tmp_path):
+        make_trainer(tmp_path, save_only_model=True).train()
+        assert ranks_of(PeftModel.from_pretrained(make_llama(), tmp_path / f"checkpoint-{STEPS}")) == 12
+        assert not (tmp_path / f"checkpoint-{STEPS}" / "adalora_state.safetensors").exists()
 
     def test_the_whole_model_can_be_pickled_afterwards(self, tmp_path):
         trainer = make_trainer(tmp_path, save_strategy="no")

@@ -1,4 +1,4 @@
-"""Trainers that are built on that of transformers learn, prune, and resume bit by bit."""
+"""Trainers that are built on that of transformers learn, prune, and resume bit for bit."""
 
 import importlib
 import shutil

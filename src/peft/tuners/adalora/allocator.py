@@ -105,7 +105,7 @@ class RankAllocator(stock.RankAllocator):
             groups.setdefault((param.device, param.dtype, sharding.is_sharded(param)), []).append(name)
         importance = {}
         for (*_, sharded), names in groups.items():
-            factors = [params[name].detach() for name in names]
+            factors = [params[name].detach() if sharded else sharding.gather_full(params[name]) for name in names]
             of_factors = [
                 torch.zeros_like(factor) if gradients[name] is None else gradients[name]
                 for name, factor in zip(names, factors)

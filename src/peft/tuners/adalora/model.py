@@ -179,8 +179,11 @@ class AdaLoraModel(stock.AdaLoraModel):
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
         config.saved_rank_pattern = None
-        if global_step > config.total_step - config.tfinal:
+        last = config.total_step - config.tfinal
+        if global_step > last:
             config.rank_pattern = self.rankallocator.kept or config.rank_pattern
+        elif global_step == last and config.use_dora_adaptive and not self.rankallocator.exp_avg_ipt:
+            self.rankallocator.update_ipt(self.model)  # weights of other ranks have just been loaded
         stock.AdaLoraModel.update_and_allocate(self, global_step)
         if optimizer is not None:
             self.rankallocator.mask_other_weights(self.model, optimizer)

@@ -36,7 +36,7 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 
-from .base_weight import has_computed_weight
+from .base_weight import base_row_norm, has_computed_weight
 from .sharding import gather_full
 
 
@@ -90,6 +90,21 @@ def learn_how_to_quantize(model: nn.Module, layers: Iterable[nn.Module]) -> None
     for layer in layers:
         if isinstance(layer.quantization_backend, TorchaoBackend):
             layer.quantization_backend.get_apply_tensor_subclass = how
+
+
+@torch.no_grad()
+def upcast_magnitudes(module: nn.Module) -> None:
+    """
+    Make magnitudes over a quantized weight float32 that were cast to a low precision, in which the steps of an
+    optimizer are lost. TRL's trainers cast them (https://github.com/huggingface/trl/issues/7268).
+    """
+    is_quantized = getattr(module, "quantization_backend", None) is not None
+    for magnitude in getattr(module, "lora_magnitude", nn.ParameterDict()).values() if is_quantized else ():
+        if magnitude.dtype.itemsize < 4:
+            norm = base_row_norm(module)
+            # If the cast value equals the rounded initial norm, restore that norm exactly.
+            is_rounded = norm.to(magnitude.dtype) == magnitude
+            magnitude.data = torch.where(is_rounded, norm, magnitude.float())
 
 
 class RowsOf8bit(Bnb8bitBackend):

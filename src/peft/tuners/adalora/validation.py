@@ -123,8 +123,8 @@ def check_allocation(tuner: Any, global_step: int) -> None:
         raise ValueError(f"The adapter {adapter_name!r} that was in training has been deleted; add another to train.")
     config = tuner.peft_config[adapter_name]
     last = config.total_step - config.tfinal
-    undecided = not allocator.exp_avg_ipt if global_step == last else not allocator.kept and not config.rank_pattern
-    if config.use_dora_adaptive and global_step >= last and undecided:
+    can_decide = global_step < last or (global_step == last and allocator.exp_avg_ipt)
+    if config.use_dora_adaptive and not can_decide and not allocator.kept:
         raise ValueError(
             f"`update_and_allocate({global_step})` is the first call, but the schedule ends its budget phase at step "
             f"{last}, so no ranks have been decided; call it after each optimizer step, from the first one on."
