@@ -1,5 +1,6 @@
 """The patches for PEFT fit the installed PEFT and the modules of this project as they are, and nothing else."""
 
+import ast
 import os
 import re
 import shutil
@@ -88,6 +89,25 @@ def test_a_module_of_ours_has_the_form_that_it_has_here(stock, whole):
         here, there = ((tree / path).read_text().splitlines() for tree in (ROOT, whole))
         changed = [line for line in here if line not in there]
         assert len(here) == len(there) and changed in ([], ["from . import stock_layer as stock"])
+
+
+def functions_of(path: Path) -> dict[str, str]:
+    """The code of the functions of a module without comments, of methods by `Class.method`."""
+    code = {}
+    for node in ast.parse(path.read_text()).body:
+        for child in [node, *node.body] if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(child, ast.FunctionDef):
+                code[child.name if child is node else f"{node.name}.{child.name}"] = ast.unparse(child)
+    return code
+
+
+def test_the_classes_of_peft_have_the_methods_that_ours_add(stock, whole):
+    # PEFT's layers have a `forward` each; module attributes are passed on by the overlay alone
+    left_out = {"AdaLoraLayer.forward", "__getattr__"}
+    for name in files_of(PATCHES[0]):
+        ours, before, after = (functions_of(tree / name) for tree in (ROOT, stock, whole))
+        added = ours.keys() - before.keys() - left_out
+        assert {name: after.get(name) for name in added} == {name: ours[name] for name in added}
 
 
 def test_the_whole_computes_with_a_magnitude(whole):
