@@ -41,7 +41,7 @@ peft-tests: .venv/installed  ## PEFT's own tests for AdaLoRA, with and without u
 	$(INSTALL) -e '.[peft-tests]'
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/peft_own_tests.py build/peft-tests
 
-upstream-check: .venv/installed  ## patch PEFT's source distribution, and run its tests and ours after each patch (an hour)
+upstream-check: .venv/installed  ## patch PEFT's source distribution, and run its tests and ours with each patch (an hour)
 	$(BIN)/python upstream/check.py build/upstream
 
 mutants: .venv/installed  ## break the code on purpose, and see that the tests notice

@@ -1,9 +1,12 @@
-"""The series of patches for PEFT fits the installed PEFT and the modules of this project as they are."""
+"""The patches for PEFT fit the installed PEFT and the modules of this project as they are, and nothing else."""
 
-import importlib.util
+import ast
+import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,23 +17,50 @@ pytestmark = pytest.mark.overlay
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "upstream"))
 
+import mutants
 import series
 
 
-FIXES = sorted(series.SERIES.glob("2-fixes/*/peft.patch"))
+PATCHES = [folder / "peft.patch" for folder in (series.ADADORA, *series.fixes())]
+
+
+def files_of(patch: Path) -> list[str]:
+    """The files that a patch changes."""
+    return re.findall(r"^\+\+\+ b/(.*)", patch.read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """What the patches edit, as the source distribution has it."""
+    """The source tree of the installed PEFT."""
     tree = tmp_path_factory.mktemp("stock")
-    installed = Path(importlib.util.find_spec("peft").submodule_search_locations[0], "tuners")
-    shutil.copytree(installed / "adalora", tree / series.ADALORA, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(installed / "tuners_utils.py", tree / series.ADALORA.parent)
+    installed = find_spec("peft").submodule_search_locations[0]
+    shutil.copytree(installed, tree / series.PEFT, ignore=shutil.ignore_patterns("__pycache__"))
     return tree
 
 
-def undefined_names(tree: Path) -> str:
+@pytest.fixture(scope="module")
+def whole(stock, tmp_path_factory):
+    """The source tree of PEFT with AdaDoRA inside."""
+    tree = tmp_path_factory.mktemp("whole") / "tree"
+    series.build(stock, tree)
+    return tree
+
+
+@pytest.fixture(params=PATCHES, ids=lambda patch: patch.parent.name)
+def patch(request):
+    return request.param
+
+
+@pytest.fixture
+def tree(patch, stock, tmp_path):
+    """The files of the installed PEFT that a patch changes."""
+    for name in files_of(patch):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(stock / name, tmp_path / name)
+    return tmp_path
+
+
+def undefined_names(paths: list[Path]) -> str:
     """What ruff finds of names that are not defined, and of imports that nothing uses."""
     options = [
         "--isolated",
@@ -41,33 +71,108 @@ def undefined_names(tree: Path) -> str:
         "--per-file-ignores",
         "__init__.py:F401",
     ]
-    command = [sys.executable, "-m", "ruff", "check", *options, tree / "src"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    command = [sys.executable, "-m", "ruff", "check", *options, *paths]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("step", [folder.name for folder in series.steps()])
-def test_each_step_is_whole(step, stock, tmp_path):
-    series.build(stock, tmp_path / "tree", step)
-    assert undefined_names(tmp_path / "tree") == ""
+def test_the_whole_has_all_modules_and_no_undefined_names(stock, whole):
+    ours = [path.relative_to(ROOT) for path in (ROOT / series.PEFT).rglob("*.py")]
+    added = series.new_modules(stock)
+    # an override is in the patch, and any other module comes whole
+    assert sorted(map(str, set(ours) - set(added))) == sorted(files_of(PATCHES[0]))
+    assert undefined_names([whole / path for path in ours]) == ""
 
 
-def test_the_last_step_has_all_modules(stock, tmp_path):
-    series.build(stock, tmp_path / "tree", series.steps()[-1].name)
-    ours = {path.name for path in (ROOT / series.ADALORA).glob("*.py")}
-    assert ours <= {path.name for path in (tmp_path / "tree" / series.ADALORA).glob("*.py")}
+def test_a_module_of_ours_has_the_form_that_it_has_here(stock, whole):
+    for path in series.new_modules(stock):
+        here, there = ((tree / path).read_text().splitlines() for tree in (ROOT, whole))
+        changed = [line for line in here if line not in there]
+        assert len(here) == len(there) and changed in ([], ["from . import stock_layer as stock"])
 
 
-@pytest.mark.parametrize("patch", FIXES, ids=lambda patch: patch.parent.name)
-def test_each_bug_can_be_mended_alone(patch, stock, tmp_path):
-    shutil.copytree(stock, tmp_path / "tree")
-    series.apply(tmp_path / "tree", patch, "--unidiff-zero")
-    assert undefined_names(tmp_path / "tree") == ""
+def functions_of(path: Path) -> dict[str, str]:
+    """The code of the functions of a module without comments, of methods by `Class.method`."""
+    code = {}
+    for node in ast.parse(path.read_text()).body:
+        for child in [node, *node.body] if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(child, ast.FunctionDef):
+                code[child.name if child is node else f"{node.name}.{child.name}"] = ast.unparse(child)
+    return code
 
 
-def test_the_method_is_no_longer_than_a_maintainer_reads(stock, tmp_path):
-    import check
+def test_the_classes_of_peft_have_the_methods_that_ours_add(stock, whole):
+    # PEFT's layers have a `forward` each; module attributes are passed on by the overlay alone
+    left_out = {"AdaLoraLayer.forward", "__getattr__"}
+    for name in files_of(PATCHES[0]):
+        ours, before, after = (functions_of(tree / name) for tree in (ROOT, stock, whole))
+        added = ours.keys() - before.keys() - left_out
+        assert {name: after.get(name) for name in added} == {name: ours[name] for name in added}
 
-    first = series.steps()[0]
-    series.build(stock, tmp_path / "tree", first.name)
-    lines = check.changed_lines(first / "peft.patch") + check.new_lines(tmp_path / "tree", stock)
-    assert 0 < lines <= 450
+
+def test_the_whole_computes_with_a_magnitude(whole):
+    code = """
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Overlay" not in getattr(finder, "__name__", "")]
+sys.path.insert(0, sys.argv[1])
+
+import torch
+from torch import nn
+import peft
+from peft import AdaLoraConfig, get_peft_model
+assert not hasattr(peft.tuners.adalora, "stock")  # no overlay
+config = AdaLoraConfig(target_modules=["0"], total_step=10, use_dora_adaptive=True)
+base = nn.Sequential(nn.Linear(3, 2, bias=False))
+x, expected = torch.eye(3), 2 * base(torch.eye(3))
+model = get_peft_model(base, config)
+model.base_model.model[0].lora_magnitude["default"].data *= 2
+torch.testing.assert_close(model(x), expected)
+"""
+    command = [sys.executable, "-c", code, str(whole / "src")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=whole)
+    assert result.returncode == 0, result.stderr
+
+
+def change(path: Path, number: int) -> None:
+    """Add a comment to a line."""
+    lines = path.read_text().splitlines()
+    lines[number - 1] += "  # changed"
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_a_patch_applies_alone_and_leaves_no_undefined_names(patch, tree, stock):
+    series.apply(tree, patch)
+    for name in files_of(patch):
+        assert (tree / name).read_text() != (stock / name).read_text()
+    assert undefined_names([tree / name for name in files_of(patch)]) == ""
+
+
+def test_a_patch_is_refused_where_one_line_of_a_file_differs(patch, tree, stock):
+    for name in files_of(patch):
+        change(tree / name, 1)
+        before = {path: path.read_text() for path in tree.rglob("*.py")}
+        with pytest.raises(SystemExit, match=re.escape(name)):
+            series.apply(tree, patch)
+        assert {path: path.read_text() for path in tree.rglob("*.py")} == before
+        shutil.copy(stock / name, tree / name)
+
+
+def test_git_alone_refuses_a_patch_where_a_line_beside_an_edit_differs(patch, tree, stock):
+    hunks = re.findall(r"^\+\+\+ b/(.*)\n@@ -(\d+)", patch.read_text(), re.MULTILINE)
+    for name, number in hunks:
+        change(tree / name, int(number) + 2)
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+        result = subprocess.run(
+            ["git", "apply", str(patch)], cwd=tree, env=environment, capture_output=True, check=False
+        )
+        assert result.returncode == 1 and b"patch does not apply" in result.stderr
+        shutil.copy(stock / name, tree / name)
+
+
+def test_each_mutant_has_code_to_break_in_both_forms(whole):
+    for mutant in mutants.MUTANTS:
+        for module, old, new in mutant.edits:
+            for tree in (ROOT, whole):
+                assert (tree / "src" / mutants.ADALORA / module).read_text().count(old) == 1, (mutant.name, old)
+            assert new != old

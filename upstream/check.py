@@ -1,14 +1,14 @@
-"""Applies the series to PEFT's source distribution, and runs PEFT's tests and this project's after each patch.
+"""Applies the patches to PEFT's source distribution, and runs PEFT's tests and this project's with each of them.
 
-    python upstream/check.py FOLDER                    everything
-    python upstream/check.py FOLDER --only 3-conv2d    one patch of the series, or one of the bugs of `2-fixes`
-    python upstream/check.py FOLDER --only-ours        without PEFT's own tests
+    python upstream/check.py FOLDER                   everything
+    python upstream/check.py FOLDER --only adadora    one patch: adadora, or the name of a fix
+    python upstream/check.py FOLDER --only-ours       without PEFT's own tests
 
 In FOLDER it unpacks the pinned source distribution of PEFT, makes an environment without `peft-adadora`, and builds a
 tree for each patch (see `series.py`). In each tree PEFT's own tests must have the outcomes that they have without any
-patch, the patch's share of this project's behavioural tests (`tests.txt`) must pass, and the linters of PEFT be clean.
-A patch of `2-fixes` stands alone: its tests must fail without it, and pass with it. Tests of PEFT that fail without a
-patch, for want of a network, are left out with it.
+patch, and the linters of PEFT must be clean. With `adadora`, this project's behavioural tests must pass inside of
+PEFT, and so must PEFT's own tests of `tests.patch`, which adds AdaDoRA to their tables. The tests of a fix must fail
+without it, and pass with it. Tests of PEFT that fail without a patch, for want of a network, are left out with it.
 
 It prints a table, and exits with 1 if anything differs or fails.
 """
@@ -32,8 +32,8 @@ import series
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-FIXES = series.SERIES / "2-fixes"
-TESTS_OF_FIXES = FIXES / "test_fixes.py"
+TESTS_OF_FIXES = series.FIXES / "test_fixes.py"
+WITHOUT_OVERLAY = "not overlay and not soak and not engines and not types"
 # PEFT's tests for what the change could touch: AdaLoRA wherever it is tested, and these files as a whole
 FILES_OF_PEFT = ["test_mixed.py", "test_config.py", "test_lora_variants.py"]
 SELECTION = "adalora or AdaLora or AdaLoRA"
@@ -125,11 +125,16 @@ def run_tests(python: Path, tree: Path, folder: Path, arguments: list[str], patt
     return outcomes
 
 
+def options_of_peft(tree: Path) -> list[str]:
+    """Arguments of pytest for PEFT's tests in a tree, which gets what they need."""
+    (tree / "tests" / "__init__.py").touch()  # the source distribution lacks it
+    (tree / "no_waiting.py").write_text(NO_WAITING)
+    return ["-p", "no_waiting", "-o", "addopts="]
+
+
 def run_tests_of_peft(python: Path, tree: Path, left_out: Path | None = None) -> dict[str, str]:
     """Run PEFT's tests for what the series could touch, without those that a file of arguments leaves out."""
-    (tree / "tests" / "__init__.py").touch()
-    (tree / "no_waiting.py").write_text(NO_WAITING)
-    options = ["-p", "no_waiting", "--continue-on-collection-errors", "-o", "addopts="]
+    options = [*options_of_peft(tree), "--continue-on-collection-errors"]
     options += [f"@{left_out}"] if left_out else []
     outcomes = run_tests(python, tree, tree, [*options, *(f"tests/{name}" for name in FILES_OF_PEFT)])
     others = [f"--ignore=tests/{name}" for name in FILES_OF_PEFT]
@@ -157,7 +162,8 @@ def node_id(test: str, tree: Path) -> str:
 
 def has_style_of_peft(python: Path, tree: Path) -> bool:
     """Check what the series touches with what PEFT's `make quality` runs: ruff, in PEFT's version, and doc-builder."""
-    touched = ["src/peft/tuners/adalora", "src/peft/tuners/tuners_utils.py", "tests/test_custom_models.py"]
+    touched = ["src/peft/helpers.py", "src/peft/tuners/adalora", "src/peft/tuners/mixed"]
+    touched += ["src/peft/tuners/tuners_utils.py", "tests/test_config.py", "tests/test_custom_models.py"]
     commands = [
         [python, "-m", "ruff", "check", "--quiet", *touched],
         [python, "-m", "ruff", "format", "--check", "--quiet", *touched],
@@ -178,27 +184,14 @@ def summary(outcomes: dict[str, str]) -> str:
     return ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(Counter(outcomes.values()).items()))
 
 
-def count_lines(text: str) -> int:
-    """Lines that are neither blank nor of the licence's header."""
-    header = (ROOT / series.ADALORA / "names.py").read_text().split('"""')[0].splitlines()
-    return sum(bool(line.strip()) and line not in header for line in text.splitlines())
+def count_lines(lines: Iterable[str]) -> int:
+    """Lines that are neither blank nor part of the licence's header."""
+    return sum(bool(line.strip()) and not line.startswith("#") for line in lines)
 
 
 def changed_lines(patch: Path) -> int:
     """How many lines a patch adds and removes."""
-    return count_lines(
-        "\n".join(line[1:] for line in re.findall(r"^[+-](?!--|\+\+ ).*", patch.read_text(), re.MULTILINE))
-    )
-
-
-def new_lines(tree: Path, before: Path) -> int:
-    """How many lines a tree has more in our modules than the one before it."""
-    names = [name for folder in series.steps() for name in series.read_step(folder)["files"]]
-    sizes = [
-        sum(count_lines(path.read_text()) for name in names for path in each.glob(str(series.ADALORA / name)))
-        for each in (tree, before)
-    ]
-    return sizes[0] - sizes[1]
+    return count_lines(re.findall(r"^[+-](?!--|\+\+ )(.*)", patch.read_text(), re.MULTILINE))
 
 
 def print_row(cells: Iterable[object]) -> None:
@@ -216,7 +209,7 @@ class Check:
         self.without, self.left_out = ({}, None) if only_ours else outcomes_without_a_patch(self.python, self.stock)
         if not only_ours:
             print(f"PEFT's tests without a patch: {summary(self.without)}", flush=True)
-        print("| patch | lines of PEFT's changed | lines of ours | PEFT's tests | ours | in PEFT's tables | linters |")
+        print("| patch | lines of PEFT changed | new lines | PEFT's tests | ours | in PEFT's tables | linters |")
         print("|---|---|---|---|---|---|---|", flush=True)
 
     def tests_of_peft(self, name: str, tree: Path) -> str:
@@ -247,12 +240,12 @@ class Check:
         return "not clean"
 
     def fix(self, folder: Path) -> None:
-        """One of the patches that stand alone."""
-        name, tree = f"{FIXES.name}/{folder.name}", self.folder / folder.name
+        """Check one of the patches that stand alone."""
+        name, tree = folder.name, self.folder / folder.name
         shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(self.stock, tree)
-        series.apply(tree, folder / "peft.patch", "--unidiff-zero")
-        of_this = [str(TESTS_OF_FIXES), "-k", "Test" + folder.name.title().replace("-", "")]
+        series.apply(tree, folder / "peft.patch")
+        of_this = [str(TESTS_OF_FIXES), "-k", "Test" + name.title().replace("-", "")]
         without = run_tests(self.python, self.stock, HERE, of_this)
         self.problems += [
             f"{name}: {test} passes without it" for test, outcome in without.items() if outcome == "passed"
@@ -268,44 +261,40 @@ class Check:
         ]
         print_row(row)
 
-    def step(self, folder: Path) -> None:
-        """One of the patches that build on those before."""
-        name, tree, before = folder.name, self.folder / folder.name, self.stock
-        series.build(self.stock, tree, name)
-        earlier = [step for step in series.steps() if step.name < name]
-        if earlier:
-            before = self.folder / "before"
-            series.build(self.stock, before, earlier[-1].name)
-        arguments = ["-m", "not overlay and not soak and not engines", f"@{folder / 'tests.txt'}"]
-        ours = run_tests(self.python, tree, ROOT, arguments)
+    def adadora(self, folder: Path) -> None:
+        """Check PEFT with AdaDoRA inside."""
+        name, tree = folder.name, self.folder / folder.name
+        series.build(self.stock, tree)
+        sizes = [count_lines((tree / path).read_text().splitlines()) for path in series.new_modules(self.stock)]
         row = [
             name,
             changed_lines(folder / "peft.patch"),
-            new_lines(tree, before),
+            sum(sizes),
             self.tests_of_peft(name, tree),
-            self.must_pass(name, ours),
+            self.must_pass(name, run_tests(self.python, tree, ROOT, ["-m", WITHOUT_OVERLAY, "tests"])),
         ]
-        for step in [*earlier, folder]:
-            if (step / "tests.patch").exists():
-                series.apply(tree, step / "tests.patch", "--unidiff-zero")
-        (tree / "no_waiting.py").write_text(NO_WAITING)
-        options = ["-p", "no_waiting", "-o", "addopts=", "tests/test_custom_models.py", "-k", "AdaDoRA"]
+        series.apply(tree, folder / "tests.patch")
+        options = [*options_of_peft(tree), "tests/test_custom_models.py", "-k", "AdaDoRA"]
         row += [self.must_pass(name, run_tests(self.python, tree, tree, options)), self.style(name, tree)]
         print_row(row)
 
 
 def report_newer_release(folder: Path, pinned: Path) -> None:
+    """Say which patches apply to a release of PEFT that is newer than the pinned one."""
     newer = fetch(folder, f"peft>{pinned.name.removeprefix('peft-')}")
     if newer is None:
         print("there is no newer release of PEFT")
         return
-    try:
-        for step in series.steps():
-            series.apply(newer, step / "peft.patch", "--unidiff-zero")
-    except SystemExit as error:
-        print(f"{newer.name}: {error}")
-    else:
-        print(f"{newer.name}: all edits apply")
+    for patch in (series.ADADORA, *series.fixes()):
+        tree = newer.parent / "newer"
+        shutil.rmtree(tree, ignore_errors=True)
+        shutil.copytree(newer, tree)
+        try:
+            series.apply(tree, patch / "peft.patch")
+        except SystemExit as error:
+            print(f"{newer.name}: {error}")
+        else:
+            print(f"{newer.name}: {patch.name} applies")
 
 
 def main() -> int:
@@ -314,14 +303,13 @@ def main() -> int:
     parser.add_argument("--only", metavar="PATCH", help="check one patch alone")
     parser.add_argument("--only-ours", action="store_true", help="leave out PEFT's own tests")
     options = parser.parse_args()
-    fixes = sorted(path.parent for path in FIXES.glob("*/peft.patch"))
-    patches = {folder.name: folder for folder in sorted([*series.steps(), *fixes])}
+    patches = {folder.name: folder for folder in (series.ADADORA, *series.fixes())}
     if options.only and options.only not in patches:
         raise SystemExit(f"there is no patch {options.only!r} among {', '.join(patches)}")
     check = Check(options.folder.resolve(), options.only_ours)
     for name, folder in patches.items():
         if options.only in (None, name):
-            run = check.fix if folder in fixes else check.step
+            run = check.adadora if folder == series.ADADORA else check.fix
             run(folder)
     print(*check.problems, sep="\n")
     report_newer_release(check.folder, check.stock)

@@ -79,8 +79,8 @@ MUTANTS = [
             *DO_NOT_DETACH,
             Edit(
                 "adadora.py",
-                "    with full_precision(weight.device):\n        # `no_grad`",
-                "    with torch.no_grad(), full_precision(weight.device):\n        # `no_grad`",
+                "    with full_precision(weight.device):\n        # `detach`",
+                "    with torch.no_grad(), full_precision(weight.device):\n        # `detach`",
             ),
         ),
         first="test_exactness.py",
@@ -97,9 +97,9 @@ MUTANTS = [
         first="test_exactness.py",
     ),
     Mutant(
-        "keep m / n outside of generate() and DoraCaching()",
-        (Edit("kept.py", "None if needs_grad else _session(layer, kept)\n", "None if needs_grad else True\n"),),
-        first="test_scale_cache.py",
+        "cache m / n outside of generate() and DoraCaching()",
+        (Edit("cache.py", "default=None)", "default=Cache(in_training=False))"),),
+        first="test_exactness.py",
     ),
     Mutant("do not clamp the squared norm", (Edit("adadora.py", ".clamp_min(0)", ""),)),
     Mutant(
@@ -107,8 +107,8 @@ MUTANTS = [
         (
             Edit(
                 "loading.py",
-                "    layer.r[adapter_name] = len(kept)\n",
-                "    layer.r[adapter_name] = len(kept)\n"
+                "    layer.r[adapter_name] = len(indices)\n",
+                "    layer.r[adapter_name] = len(indices)\n"
                 "    if adapter_name in layer.lora_variant:\n"
                 "        layer.lora_variant[adapter_name].init(layer, adapter_name)\n",
             ),
@@ -145,24 +145,29 @@ MUTANTS = [
             ),
             Edit(
                 "allocator.py",
-                "score_of_E + (score_of_A + score_of_B)",
-                "score_of_E + (score_of_A + score_of_B) + torch.cat([\n"
-                '    ipt[name % "lora_magnitude"].mean().repeat(len(ipt[name % "lora_E"]))\n'
-                "    for ipt in [self.exp_avg_ipt]\n"
-                "    for name in self.name_set\n"
-                "])",
+                "return torch._foreach_add(of_E, torch._foreach_add(of_A, of_B))",
+                "return [\n"
+                '    score + self.exp_avg_ipt[name % "lora_magnitude"].mean()\n'
+                "    for name, score in zip(self.name_set, torch._foreach_add(of_E, torch._foreach_add(of_A, of_B)))\n"
+                "]",
             ),
         ),
         first="test_adadora_model.py",
     ),
     Mutant(
         "sum the scores of a vector instead of averaging them",
-        (Edit("allocator.py", ".mean(dim=1 + dim)", ".sum(dim=1 + dim)"),),
+        (Edit("importance.py", ".mean(dim=1 + dim)", ".sum(dim=1 + dim)"),),
         first="test_rank_allocator.py",
     ),
     Mutant(
         "leave the score of B out",
-        (Edit("allocator.py", "score_of_E + (score_of_A + score_of_B)", "score_of_E + score_of_A"),),
+        (
+            Edit(
+                "allocator.py",
+                "torch._foreach_add(of_E, torch._foreach_add(of_A, of_B))",
+                "torch._foreach_add(of_E, of_A)",
+            ),
+        ),
         first="test_rank_allocator.py",
     ),
     Mutant(
@@ -183,12 +188,12 @@ MUTANTS = [
     ),
     Mutant(
         "leave the magnitude behind when its adapter moves to another device",
-        (Edit("layer.py", "learned.data.to(self.lora_E[adapter_name].device)", "learned.data"),),
+        (Edit("layer.py", "return param if param.device == device else", "return param if True else"),),
         first="test_adadora_model.py",
     ),
     Mutant(
-        "keep m / n after a generation",
-        (Edit("kept.py", "layer.kept.generation = layer.kept.scales = None", "pass"),),
+        "keep the cache after a generation",
+        (Edit("cache.py", "    finally:\n        swap_cache(before)\n", "    finally:\n        pass\n"),),
         first="test_exactness.py",
     ),
     Mutant(
@@ -209,7 +214,7 @@ MUTANTS = [
     Mutant("scale a row of zeros by 0", (Edit("adadora.py", "squared_norm <= ZERO_ROW", "squared_norm < 0"),)),
     Mutant(
         "round the factors to the weight's precision, where a GPU multiplies",
-        (Edit("rows.py", "parts[rank:].copy_(right - parts[:rank])", "parts[rank:].zero_()"),),
+        (Edit("rows.py", "torch.cat([high, matrix - high])", "torch.cat([high, torch.zeros_like(high)])"),),
     ),
 ]
 
@@ -239,7 +244,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder.resolve()
     stock, python = check.prepare(folder)
-    series.build(stock, folder / "whole", series.steps()[-1].name)
+    series.build(stock, folder / "whole")
     forms = {
         "over the installed PEFT": (Path(sys.executable), ROOT / "src"),
         "inside of PEFT": (python, folder / "whole" / "src"),
