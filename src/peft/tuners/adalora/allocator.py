@@ -38,10 +38,8 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 class RankAllocator(stock.RankAllocator):
     """
-    PEFT's rank allocator, which decides the ranks from the importance of A, E and B. Magnitudes take no part.
-
-    Scores and ranks are PEFT's, bit for bit. The adapter is told by its exact name. The importance of sharded
-    parameters (DTensor) is the importance of the full ones, the same on every process.
+    PEFT's rank allocator, whose scores and ranks it has bit for bit. Magnitudes take no part in the importance. The
+    importance of sharded parameters is the importance of the full ones, the same on every process.
 
     `kept` is the rank pattern that the final phase masks with: the one of the last allocation, or of the weights that
     were loaded since. `None` if there were neither.
@@ -51,11 +49,13 @@ class RankAllocator(stock.RankAllocator):
     _gradients: Optional[sharding.GradientCapture] = None
     _forwards = 0
 
-    def count_forward(self) -> None:
+    def count_forward(self, model: nn.Module) -> None:
         """Count a forward pass in training, and warn once if there are many without an allocation."""
         is_pruned = self.kept is not None and not all(map(all, self.kept.values()))
         if torch.compiler.is_compiling() or self.exp_avg_ipt or is_pruned:
             return
+        if self.kept is None and self._forwards < FORWARDS_UNTIL_WARNING:
+            self.read_kept(model)  # weights may have been loaded into the model inside
         self._forwards += 1
         if self._forwards == FORWARDS_UNTIL_WARNING:
             warnings.warn(
@@ -223,10 +223,8 @@ class RankAllocator(stock.RankAllocator):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
-        Copies of the averages of the importance, by `exp_avg_ipt.<name>` and `exp_avg_unc.<name>` for each A, E and B,
-        with their names in the model. Which triplets are kept is told by the weights of the adapter.
-
-        With it the allocator can be registered with accelerate: `accelerator.register_for_checkpointing(allocator)`.
+        Copies of the averages, by `exp_avg_ipt.<name>` and `exp_avg_unc.<name>` for each A, E and B in the model. The
+        weights tell which triplets are kept. For `accelerator.register_for_checkpointing(allocator)`.
         """
         return {f"{kind}.{name}": score.clone() for kind in AVERAGES for name, score in getattr(self, kind).items()}
 

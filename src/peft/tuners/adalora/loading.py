@@ -103,7 +103,7 @@ def without_pruned(weights: Weights, config: AdaLoraConfig, adapter_name: str) -
     else:
         keys = {name: key for key in values_of_E for name in (key.removesuffix(f".{adapter_name}"), key_of(key))}
         kept = {keys[name]: mask for name, mask in pattern.items() if name in keys}
-    if config.use_dora_adaptive:
+    if config.use_dora_adaptive and not (config.inference_mode and all(map(all, kept.values()))):
         config.saved_rank_pattern = {key_of(key): mask for key, mask in kept.items()} or None
     saved = dict(weights)
     for key, mask in kept.items():

@@ -89,12 +89,11 @@ class AdaLoraModel(stock.AdaLoraModel):
         if config.use_dora_adaptive:
             check_name(adapter_name)
             check_targets(self, model, config, kwargs.get("state_dict"))
-            if not config.inference_mode:
-                check_options(config, adapter_name)
+        if config.use_dora_adaptive and not config.inference_mode:
+            check_options(config, adapter_name)
             # a copy, because the config may serve other models; without the ranks of another adapter
             config = self.peft_config[adapter_name] = copy.copy(config)
-            config.rank_pattern = config.rank_pattern if config.inference_mode else None
-            config.saved_rank_pattern = None
+            config.rank_pattern = config.saved_rank_pattern = None
         trainable = [param for param in self.model.parameters() if param.requires_grad]
         with warnings.catch_warnings():
             # the keys of AdaLoRA's pattern name E, not the module, so PEFT says that it ignores them
@@ -148,7 +147,7 @@ class AdaLoraModel(stock.AdaLoraModel):
                 "`set_adapter` and use one adapter at a time."
             )
         if self.training and torch.is_grad_enabled() and self._adapter_in_training() is not None:
-            self.rankallocator.count_forward()
+            self.rankallocator.count_forward(self.model)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 
