@@ -15,6 +15,7 @@
 """AdaLoRA's rank allocator with exact adapter names, batched scores, and a state that can be saved."""
 
 import warnings
+from contextlib import suppress
 from typing import Optional
 
 import torch
@@ -54,8 +55,9 @@ class RankAllocator(stock.RankAllocator):
         is_pruned = self.kept is not None and not all(map(all, self.kept.values()))
         if torch.compiler.is_compiling() or self.exp_avg_ipt or is_pruned:
             return
-        if self.kept is None and self._forwards < FORWARDS_UNTIL_WARNING:
-            self.read_kept(model)  # weights may have been loaded into the model inside
+        if self.kept is None and self._forwards < FORWARDS_UNTIL_WARNING and not torch.jit.is_tracing():
+            with suppress(RuntimeError):  # tensors of torch.func and fake ones have no values
+                self.read_kept(model)  # weights may have been loaded into the model inside
         self._forwards += 1
         if self._forwards == FORWARDS_UNTIL_WARNING:
             warnings.warn(
