@@ -39,10 +39,13 @@ def product_alone(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def multiplying_as_cuda() -> Iterator[None]:
     """A context in which weights in low precision are multiplied on any device as on a GPU, summed up in float32."""
 
+    def is_low(weight: torch.Tensor) -> bool:
+        return weight.dtype in (torch.bfloat16, torch.float16)
+
     def product(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         return left.to(out_dtype) @ right.to(out_dtype)
 
-    with patch.object(rows, "multiplies_into_float32", lambda weight: True), patch.object(torch, "mm", product):
+    with patch.object(rows, "multiplies_into_float32", is_low), patch.object(torch, "mm", product):
         yield
 
 

@@ -64,7 +64,7 @@ class Reference:
         }
 
     def sums_of_absolute_terms(self, x: torch.Tensor, output_gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What each gradient would be if none of the products that it sums cancelled: its natural scale."""
+        """The output and each gradient if none of the products that they sum cancelled: their natural scales."""
         norm = self.row_norm().detach()
         factors = {name: factor.detach().abs().requires_grad_() for name, factor in self.factors().items()}
         x = x.detach().abs().double().requires_grad_()
@@ -75,7 +75,7 @@ class Reference:
             output = output + self.bias.abs()
         output = output * (factors["lora_magnitude"] / norm).T
         gradients = torch.autograd.grad(output, [x, *factors.values()], output_gradient.abs().double())
-        return dict(zip(["x", *factors], gradients))
+        return {"output": output.detach(), **dict(zip(["x", *factors], gradients))}
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:

@@ -52,12 +52,12 @@ class RankAllocator(stock.RankAllocator):
 
     def count_forward(self, model: nn.Module) -> None:
         """Count a forward pass in training, and warn once if there are many without an allocation."""
-        is_pruned = self.kept is not None and not all(map(all, self.kept.values()))
-        if torch.compiler.is_compiling() or self.exp_avg_ipt or is_pruned:
+        if torch.compiler.is_compiling() or self.exp_avg_ipt or self._is_pruned():
             return
         if self.kept is None and self._forwards < FORWARDS_UNTIL_WARNING and not torch.jit.is_tracing():
             with suppress(RuntimeError):  # tensors of torch.func and fake ones have no values
-                self.read_kept(model)  # weights may have been loaded into the model inside
+                self.read_kept(model)  # pruned weights may have been loaded into the model inside
+            self.kept = self.kept if self._is_pruned() else None
         self._forwards += 1
         if self._forwards == FORWARDS_UNTIL_WARNING:
             warnings.warn(
@@ -65,6 +65,9 @@ class RankAllocator(stock.RankAllocator):
                 "`AdaLoraCallback()` to the Trainer, or call `model.base_model.update_and_allocate(step)` after each "
                 "optimizer step."
             )
+
+    def _is_pruned(self) -> bool:
+        return self.kept is not None and not all(map(all, self.kept.values()))
 
     def _factors(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """A, E and B of each layer, by their names in the model."""
@@ -139,10 +142,7 @@ class RankAllocator(stock.RankAllocator):
         return param.grad
 
     def capture_gradients(self, model: nn.Module) -> None:
-        """
-        Sum up the gradients of backward passes for the next `update_ipt`. Call this once before training with
-        DeepSpeed, which steps and clears the gradients within a backward pass.
-        """
+        """Sum up gradients for `update_ipt`. Call this once before training with DeepSpeed, which clears them."""
         if self._gradients is not None:
             self._gradients.remove()
         self._gradients = sharding.GradientCapture(self._factors(model))
@@ -196,10 +196,7 @@ class RankAllocator(stock.RankAllocator):
 
     @torch.no_grad()
     def mask_other_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-        """
-        Set pruned entries of E to zero in the further weights of a schedule-free or averaging optimizer too, or they
-        would come back with those. Returns whether the optimizer has any.
-        """
+        """Set pruned entries of E to zero in an optimizer's `OTHER_WEIGHTS` too. Returns whether it has any."""
         if not any(name in state for state in optimizer.state.values() for name in OTHER_WEIGHTS):
             return False
         found = False

@@ -18,7 +18,7 @@ On a CPU, and for quantized weights, both come from one block of rows at a time,
 multiplies bfloat16 and float16 into float32 by itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -94,7 +94,7 @@ def row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
     """‖W‖ of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
     if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # converts in its kernel
         return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=norm_dtype(weight.dtype))
-    return torch.cat([torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in blockwise(weight)])
+    return _cat([torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in blockwise(weight)])
 
 
 def powers_of_two(matrix: torch.Tensor) -> torch.Tensor:
@@ -136,4 +136,9 @@ def matmul_rows(weight: torch.Tensor | Rows, right: torch.Tensor) -> tuple[torch
         return product if scale is None else product * scale.T, row_norm(rows)
     padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
     products, norms = zip(*((rows @ padded.T, row_norm(rows)) for rows in blockwise(weight)))
-    return torch.cat(products)[:, :rank], torch.cat(norms)
+    return _cat(products)[:, :rank], _cat(norms)
+
+
+def _cat(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The blocks as one tensor, without a copy if there is one alone."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
