@@ -141,8 +141,7 @@ def by_file_name(weights: Weights, adapter_name: str) -> Weights:
 
 def by_model_name(weights: Weights, model: nn.Module, adapter_name: str) -> Weights:
     """Weights to load by the names in the state dict of the model, which has the names of wrappers."""
-    keys = [key for key in model.state_dict() if key.endswith(f".{adapter_name}")]
-    names = dict(zip(by_file_name(dict.fromkeys(keys), adapter_name), keys))
+    names = {name_in_file(unwrapped_name(key), adapter_name): key for key in model.state_dict()}
     return {names.get(key, key): value for key, value in weights.items()}
 
 
