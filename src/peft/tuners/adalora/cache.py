@@ -19,7 +19,7 @@ and much of PEFT write weights through `.data`, which shows in no counter, so no
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Optional
 from weakref import WeakKeyDictionary
@@ -88,16 +88,18 @@ def cached_scale(
     key = adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled()
     try:
         state = [(tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors]
-        cached_key, storages, scale = cache.get(layer, (None, (), None))
-        if cached_key != (key, state) or any(storage.expired() for storage in storages):
-            scale = compute()
-            # weak references keep no memory, and an address belongs to no other storage while they are valid
-            storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*tensors, scale)]
-            if type(scale) is torch.Tensor:  # and not a fake one of a tracer
-                cache[layer] = (key, state), storages, scale
-        return scale
     except RuntimeError:  # tensors from inference mode count no writes; those of torch.func have no storage
         return compute()
+    cached_key, storages, scale = cache.get(layer, (None, (), None))
+    if cached_key == (key, state) and not any(storage.expired() for storage in storages):
+        return scale
+    scale = compute()
+    with suppress(RuntimeError):  # torch.func may have made it
+        # weak references keep no memory, and an address belongs to no other storage while they are valid
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*tensors, scale)]
+        if type(scale) is torch.Tensor:  # and not a fake one of a tracer
+            cache[layer] = (key, state), storages, scale
+    return scale
 
 
 def _stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:

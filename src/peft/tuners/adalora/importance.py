@@ -16,6 +16,7 @@
 https://openreview.net/forum?id=lq62uWRJjiY). All layers are computed at once, and round as PEFT's allocator does."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -71,10 +72,15 @@ def keep_most_important(scores: Tensors, count: int) -> list[list[bool]]:
     # PEFT compares the scores of a layer with the threshold in the dtype of the layer
     thresholds = {dtype: threshold.to(dtype) for dtype in {score.dtype for score in scores}}
     limits = torch.cat([thresholds[score.dtype].expand(len(score)) for score in scores])
-    kept = iter((~(together <= limits)).tolist())
-    return [list(islice(kept, len(score))) for score in scores]
+    return _as_lists((~(together <= limits)).split([len(score) for score in scores]))
 
 
 def kept_triplets(values_of_E: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
     """The triplets of each layer whose singular value is not exactly 0, by the keys of `values_of_E`, each (r, 1)."""
-    return {key: (values != 0).view(-1).tolist() for key, values in values_of_E.items()}
+    return dict(zip(values_of_E, _as_lists([(values != 0).view(-1) for values in values_of_E.values()])))
+
+
+def _as_lists(masks: Sequence[torch.Tensor]) -> list[list[bool]]:
+    """The masks of all layers, with one transfer from their device."""
+    kept = iter(torch.cat([mask.to(masks[0].device) for mask in masks]).tolist() if masks else ())
+    return [list(islice(kept, len(mask))) for mask in masks]
