@@ -28,6 +28,6 @@ overlay = [f"peft_adadora.{package}" for package in overlay]
 setup(
     package_dir={"": "src", "peft_adadora.peft": "src/peft"},
     packages=["peft_adadora", *overlay, "peft-stubs", "peft-stubs.tuners.adalora"],
-    py_modules=["_peft_adadora", "_peft_adadora_command"],
+    py_modules=["_peft_adadora", "_peft_adadora_command", "_peft_adadora_newer"],
     cmdclass={"build_py": build_py_with_start_up_file},
 )

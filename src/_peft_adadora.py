@@ -4,6 +4,8 @@
 Its finder gives each name in `OVERLAID` our module. A package also gets our folder in front of the installed one on
 its `__path__`: our modules win over installed ones of the same name, and all others come from the installed package.
 
+On a PEFT of an untested version this happens only if the files under our modules are those of a tested version.
+
 `stock_<module>`, in the same package, is the installed version of a module that we override, for our classes to
 subclass. The package itself is `stock___init__`. The relative imports of a stock module get our modules.
 """
@@ -13,12 +15,21 @@ import sys
 
 
 OVERLAID = ("peft.helpers", "peft.tuners.adalora", "peft.tuners.mixed.model")  # modules and packages of PEFT
-SUPPORTED_PEFT = ">=0.21.0,<0.22"
+TESTED_PEFT = ">=0.21.0,<0.22"
 
 
-def is_supported(version: str) -> bool:
-    """Whether the PEFT version, such as `"0.21.2"` or `"0.21.3.dev0"`, lies in `SUPPORTED_PEFT`."""
+def is_tested(version: str) -> bool:
+    """Whether the PEFT version, such as `"0.21.2"` or `"0.21.3.dev0"`, lies in `TESTED_PEFT`."""
     return version.split(".")[:2] == ["0", "21"]
+
+
+def why_off(version: str, file: str | None) -> str | None:
+    """Return why AdaDoRA is off for a PEFT, given its version and its `__init__.py`, or `None` if it is on."""
+    if is_tested(version):
+        return None
+    from _peft_adadora_newer import file_difference
+
+    return file_difference(os.path.dirname(file or ""))
 
 
 def overlay_path(name: str) -> str:
@@ -45,14 +56,21 @@ class OverlayFinder:
             file = os.path.join(list(path)[-1], module + ".py")
             return spec_from_file_location(name, file, submodule_search_locations=None)  # `__init__.py` as a module
         spec = PathFinder.find_spec(name, path)
-        version = getattr(sys.modules.get("peft"), "__version__", "unknown")
-        if spec is None or not is_supported(version):
-            if name == "peft.tuners.adalora":  # one warning is enough
-                warnings.warn(
-                    f"peft-adadora supports peft {SUPPORTED_PEFT} but peft {version} is installed, so AdaDoRA is off "
-                    "and PEFT runs as it is: it will refuse use_dora_adaptive as an unknown argument. Install a "
-                    "supported peft, or uninstall peft-adadora."
+        if spec is None:
+            return None
+        peft = sys.modules.get("peft")
+        version = getattr(peft, "__version__", "unknown")
+        reason = why_off(version, getattr(peft, "__file__", None))
+        if name == "peft.tuners.adalora" and not is_tested(version):  # one warning is enough
+            outcome = "its AdaLoRA is the tested one, so AdaDoRA is on and its first adapter is checked by value."
+            if reason is not None:
+                outcome = (
+                    f"{reason}, so AdaDoRA is off and PEFT runs as it is: it will refuse use_dora_adaptive as an "
+                    "unknown argument. Install a tested peft, or uninstall peft-adadora."
                 )
+            installed = f"peft-adadora is tested with peft {TESTED_PEFT} but peft {version} is installed"
+            warnings.warn(f"{installed} and {outcome}")
+        if reason is not None:
             return spec
         ours = overlay_path(name)
         if spec.submodule_search_locations is None:

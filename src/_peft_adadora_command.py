@@ -28,6 +28,8 @@ try:
     import peft.tuners.adalora as adalora
     found["facts"]["AdaLoRA from"], fields = adalora.__file__, peft.AdaLoraConfig.__dataclass_fields__
     found["active"] = "use_dora_adaptive" in fields
+    if found["active"] and "_peft_adadora_newer" in sys.modules:
+        sys.modules["_peft_adadora_newer"].check_values()
 except BaseException as error:
     found["error"] = f"{type(error).__name__}: {error}"
 print("\\n" + json.dumps(found))
@@ -61,7 +63,15 @@ def doctor() -> Diagnosis:
     found = crash if done.returncode else json.loads(done.stdout.splitlines()[-1])
     facts = {"python": sys.version.split()[0], **{package: _version(package) for package in PACKAGES}}
     facts |= {"interpreter": sys.executable, **found["facts"]}
-    return Diagnosis(facts, *(() if found.get("active") else _explain(found)))
+    active = found.get("active") and "error" not in found
+    if active:
+        facts["tested with"] = f"peft {overlay.TESTED_PEFT}"
+        if not overlay.is_tested(found["version"]):
+            facts["tested with"] += (
+                f", not {found['version']}, but the files that AdaDoRA overrides are the same, and the check of its "
+                "values passes"
+            )
+    return Diagnosis(facts, *(() if active else _explain(found)))
 
 
 def _version(package: str) -> str:
@@ -69,7 +79,7 @@ def _version(package: str) -> str:
 
 
 def _explain(found: dict[str, Any]) -> tuple[str, str]:
-    install = f'pip install "peft{overlay.SUPPORTED_PEFT}"'
+    install = f'pip install "peft{overlay.TESTED_PEFT}"'
     reinstall = "pip install --force-reinstall --no-deps peft-adadora"
     first = "or import `peft_adadora` before `peft`."
     here = os.path.dirname(os.path.abspath(overlay.__file__))
@@ -79,8 +89,11 @@ def _explain(found: dict[str, Any]) -> tuple[str, str]:
         return f"PEFT cannot be imported ({found['error']}).", "Repair or install what the error names."
     if found["version"] is None:
         return f"`peft` is not PEFT but {found['facts']['peft from']}.", "Rename that file, or take it off the path."
-    if not overlay.is_supported(found["version"]):
-        return f"peft {found['version']} is not supported, only peft {overlay.SUPPORTED_PEFT} is.", install
+    reason = overlay.why_off(found["version"], found["facts"]["peft from"])
+    if reason is not None:
+        return f"peft {found['version']} is not tested, only peft {overlay.TESTED_PEFT} is, and {reason}.", install
+    if found.get("active"):
+        return found["error"].partition(": ")[2], install  # the check of its values fails
     if "error" in found:
         return f"PEFT's AdaLoRA cannot be imported ({found['error']}).", reinstall
     if found["start_up"]:

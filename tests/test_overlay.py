@@ -12,11 +12,14 @@ import importlib
 import json
 import os
 import pickle
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,7 +253,7 @@ class TestStartUp:
     def test_start_up_imports_neither_torch_nor_peft(self, installed):
         modules = installed.run("-c", "import sys; print(*sys.modules)").stdout.split()
         assert "_peft_adadora" in modules
-        assert not {"torch", "peft", "peft_adadora"}.intersection(modules)
+        assert not {"torch", "peft", "peft_adadora", "_peft_adadora_newer"}.intersection(modules)
 
     def test_start_up_is_silent_when_warnings_are_errors(self, installed):
         assert installed.run("-W", "error", "-c", "pass").stderr == ""
@@ -284,6 +287,7 @@ class TestDoctor:
         done = installed.run(installed.python.with_name("peft-adadora"), "doctor", python_path=[stand_in])
         assert "AdaDoRA is active in this environment." in done.stdout
         assert "Why" not in done.stdout and "Fix" not in done.stdout
+        assert re.search(r"^tested with +peft >=0\.21\.0,<0\.22$", done.stdout, flags=re.MULTILINE)
         assert re.search(r"^peft +0\.21\.9$", done.stdout, flags=re.MULTILINE)
 
     def test_comes_with_the_report(self, installed, stand_in):
@@ -298,7 +302,7 @@ class TestDoctor:
         done = wheel.run("-c", DOCTOR, python_path=[unsupported], check=False)
         assert done.returncode == 1
         assert "AdaDoRA is not active in this environment." in done.stdout
-        assert "Why: peft 0.99.0 is not supported, only peft >=0.21.0,<0.22 is." in done.stdout
+        assert "Why: peft 0.99.0 is not tested, only peft >=0.21.0,<0.22 is, and its helpers.py differs" in done.stdout
         assert 'Fix: pip install "peft>=0.21.0,<0.22"' in done.stdout
 
     def test_says_that_peft_is_not_installed(self, wheel):
@@ -417,7 +421,7 @@ class TestUnsupportedPeft:
         messages = json.loads(installed.run("-c", code, python_path=[unsupported]).stdout)
         assert len(messages) == 1
         assert ">=0.21.0,<0.22" in messages[0] and "0.99.0" in messages[0]
-        assert "refuse use_dora_adaptive as an unknown argument. Install a supported peft" in messages[0]
+        assert "refuse use_dora_adaptive as an unknown argument. Install a tested peft" in messages[0]
 
     def test_it_is_left_as_it_is(self, installed, unsupported):
         code = (
@@ -454,7 +458,7 @@ class TestUnsupportedPeft:
         assert ">=0.21.0,<0.22" in error and "no peft is installed" in error
 
     @pytest.mark.parametrize(
-        "version, supported",
+        "version, tested",
         [
             ("0.18.1", False),
             ("0.19.1", False),
@@ -469,8 +473,417 @@ class TestUnsupportedPeft:
             ("1.21.0", False),
         ],
     )
-    def test_the_supported_range_is_0_21(self, version, supported):
-        assert importlib.import_module("_peft_adadora").is_supported(version) == supported
+    def test_the_tested_range_is_0_21(self, version, tested):
+        assert importlib.import_module("_peft_adadora").is_tested(version) == tested
+
+
+@pytest.fixture(scope="session")
+def copy_peft(tmp_path_factory):
+    """Copy the installed PEFT under another version number, with code appended to some of its files."""
+
+    def copy(version, **appended):
+        installed = Path(importlib.import_module("peft").__file__).parent
+        folder = tmp_path_factory.mktemp("peft")
+        shutil.copytree(installed, folder / "peft")
+        init = folder / "peft" / "__init__.py"
+        init.write_text(re.sub('(?m)^__version__ = ".*"$', f'__version__ = "{version}"', init.read_text()))
+        metadata = folder / f"peft-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: peft\nVersion: {version}\n")
+        for module, code in appended.items():
+            with open(folder.joinpath("peft", *module.split("__")).with_suffix(".py"), "a") as file:
+                file.write(f"\n{code}\n")
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def same_files(copy_peft):
+    """A newer PEFT whose AdaLoRA is the tested one."""
+    return copy_peft("0.22.0")
+
+
+@pytest.fixture(scope="session")
+def changed_file(copy_peft):
+    """A newer PEFT with a change in AdaLoRA."""
+    return copy_peft("0.22.0", tuners__adalora__model="# changed")
+
+
+@pytest.fixture(scope="session")
+def changed_behaviour(copy_peft):
+    """A newer PEFT whose AdaLoRA is the tested one, but whose LoRA layers compute something else."""
+    return copy_peft(
+        "0.22.0", tuners__lora__layer="LoraLayer._cast_input_dtype = lambda self, x, dtype: 2 * x.to(dtype)"
+    )
+
+
+USE_AN_UNTESTED_PEFT = """\
+import json, sys, warnings
+from torch import nn
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peft
+messages = [str(each.message) for each in caught if "peft-adadora" in str(each.message)]
+
+
+def attempt(function):
+    try:
+        function()
+        return ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def adapt(**flag):
+    return peft.get_peft_model(model, peft.AdaLoraConfig(total_step=10, target_modules=["0"], **flag))
+
+
+model = nn.Sequential(nn.Linear(4, 4))
+errors = [attempt(lambda: adapt(use_dora_adaptive=True)), attempt(lambda: adapt(use_dora_adaptive=True))]
+untouched = type(model[0]) is nn.Linear
+errors += [attempt(adapt), attempt(lambda: __import__("peft_adadora"))]
+print(json.dumps([messages, errors, untouched, "peft.tuners.adalora.stock_layer" in sys.modules]))
+"""
+
+
+class TestUntestedPeft:
+    """On a PEFT of an untested version AdaDoRA is on if the files under our modules are those of a tested one."""
+
+    def test_adadora_is_on_with_one_warning_if_the_files_are_the_same(self, wheel, same_files):
+        done = wheel.run("-c", USE_AN_UNTESTED_PEFT, python_path=[same_files])
+        (message,), errors, untouched, is_on = json.loads(done.stdout.splitlines()[-1])
+        assert "peft 0.22.0 is installed" in message and "AdaDoRA is on" in message
+        assert (errors, untouched, is_on) == (["", "", "", ""], False, True)
+
+    @pytest.mark.parametrize("version", ["0.20.0", "0.22.0.dev0", "0.22.0rc1", "1.0.0"])
+    @pytest.mark.parametrize("changed", ["", "helpers.py"])
+    def test_only_the_files_count_whatever_the_version_is(self, installed, newer, tmp_path, version, changed):
+        write_stand_in_for_peft(tmp_path, version)
+        copy_compared_files(newer, tmp_path / "peft")
+        if changed:
+            (tmp_path / "peft" / changed).write_text("# changed")
+        (tmp_path / "peft" / "__init__.py").write_text(f'__version__ = "{version}"\n')
+        code = (
+            "import json, warnings\n"
+            "from importlib.util import find_spec\n"
+            "with warnings.catch_warnings(record=True) as caught:\n"
+            "    warnings.simplefilter('always')\n"
+            "    names = ('peft.helpers', 'peft.tuners.adalora', 'peft.tuners.mixed.model')\n"
+            "    origins = [find_spec(name).origin for name in names]\n"
+            "print(json.dumps([origins, [str(each.message) for each in caught]]))"
+        )
+        origins, (message,) = json.loads(installed.run("-c", code, python_path=[tmp_path]).stdout)
+        assert f"peft {version} is installed" in message
+        assert ("AdaDoRA is off" if changed else "AdaDoRA is on") in message
+        assert {Path(origin).is_relative_to(tmp_path) for origin in origins} == {bool(changed)}
+        done = installed.run("-c", "import peft_adadora", python_path=[tmp_path], check=False)
+        assert done.returncode == bool(changed)
+
+    def test_adadora_is_off_if_a_file_differs(self, wheel, changed_file):
+        done = wheel.run("-c", USE_AN_UNTESTED_PEFT, python_path=[changed_file])
+        (message,), errors, _, is_on = json.loads(done.stdout.splitlines()[-1])
+        reason = "peft 0.22.0 is installed and its tuners/adalora/model.py differs from the tested one"
+        assert reason in message and "AdaDoRA is off" in message
+        assert "unexpected keyword argument 'use_dora_adaptive'" in errors[0]
+        assert errors[2] == ""
+        assert errors[3].startswith(f"ImportError: {reason}") and 'pip install "peft>=0.21.0,<0.22"' in errors[3]
+        assert not is_on
+
+    def test_an_adapter_is_refused_if_its_values_are_wrong_and_plain_adalora_works(self, wheel, changed_behaviour):
+        done = wheel.run("-c", USE_AN_UNTESTED_PEFT, python_path=[changed_behaviour])
+        _, errors, untouched, is_on = json.loads(done.stdout.splitlines()[-1])
+        assert errors[0] == errors[1]
+        assert errors[0] == (
+            "RuntimeError: AdaDoRA does not work with peft 0.22.0, which was not tested: the output differs from "
+            'the formula. Install a tested version: pip install "peft>=0.21.0,<0.22"'
+        )
+        assert (errors[2:], untouched, is_on) == (["", ""], True, True)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            "SVDLinear(nn.Linear(4, 4), 'default', config, r=2, lora_alpha=3)",
+            "SVDConv2d(nn.Conv2d(4, 4, 1), 'default', config, r=2, lora_alpha=3)",
+            "peft.inject_adapter_in_model(config, model)",
+            "peft.get_peft_model(model, config, mixed=True)",
+            "peft.PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)",
+        ],
+    )
+    def test_no_adapter_is_made_without_the_check(self, newer, monkeypatch, tmp_path, make):
+        import torch
+
+        import peft
+        from peft.tuners.adalora import SVDConv2d, SVDLinear, layer, supported_layers
+
+        def differ():
+            raise ValueError("it is a test")
+
+        config = peft.AdaLoraConfig(total_step=10, target_modules=["0"], use_dora_adaptive=True)
+        peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config).save_pretrained(tmp_path)
+        monkeypatch.setattr(newer, "_passed", False)
+        monkeypatch.setattr(newer, "follows_formula", differ)
+        for module in (layer, supported_layers):
+            monkeypatch.setattr(module, "check_magnitude_support", module.check_magnitude_support)
+        newer.check_before_first_adapter(layer, supported_layers)
+        names = {
+            "SVDConv2d": SVDConv2d,
+            "SVDLinear": SVDLinear,
+            "config": config,
+            "folder": tmp_path,
+            "model": torch.nn.Sequential(torch.nn.Linear(4, 4)),
+            "nn": torch.nn,
+            "peft": peft,
+        }
+        with pytest.raises(RuntimeError, match="does not work with peft .*: it is a test. Install"):
+            eval(make, names)
+
+    def test_the_doctor_says_why_adadora_is_on(self, wheel, same_files):
+        done = wheel.run("-c", DOCTOR, python_path=[same_files])
+        assert "AdaDoRA is active in this environment." in done.stdout
+        assert re.search(
+            r"^tested with +peft >=0\.21\.0,<0\.22, not 0\.22\.0, but the files that AdaDoRA overrides are the same, "
+            "and the check of its values passes$",
+            done.stdout,
+            flags=re.MULTILINE,
+        )
+
+    def test_the_doctor_says_that_values_are_wrong(self, wheel, changed_behaviour):
+        done = wheel.run("-c", DOCTOR, python_path=[changed_behaviour], check=False)
+        assert done.returncode == 1
+        assert "AdaDoRA is not active in this environment." in done.stdout
+        assert "Why: AdaDoRA does not work with peft 0.22.0" in done.stdout
+        assert "the output differs from the formula" in done.stdout
+        assert 'Fix: pip install "peft>=0.21.0,<0.22"' in done.stdout
+
+    def test_a_tested_peft_is_neither_compared_nor_checked(self, wheel, stand_in):
+        code = "import sys, peft.tuners.adalora, peft_adadora; print('_peft_adadora_newer' in sys.modules)"
+        assert wheel.run("-c", code, python_path=[stand_in]).stdout == "False\n"
+
+
+@pytest.fixture
+def newer():
+    return importlib.import_module("_peft_adadora_newer")
+
+
+def copy_compared_files(newer, folder):
+    for name in newer.TESTED_FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(importlib.import_module("peft").__file__).parent / name, folder / name)
+
+
+class TestFilesOfPeft:
+    """Which files are compared on a PEFT of an untested version."""
+
+    @pytest.fixture
+    def folder(self, newer, tmp_path):
+        """A folder with those files of the installed PEFT."""
+        copy_compared_files(newer, tmp_path)
+        return tmp_path
+
+    def test_they_are_the_modules_under_ours_and_beside_ours(self, newer):
+        peft = importlib.import_module("peft")
+        overlay, installed = importlib.import_module("_peft_adadora"), Path(peft.__file__).parent
+        assert overlay.is_tested(peft.__version__)
+        expected = set()
+        for name in overlay.OVERLAID:
+            path = installed.parent.joinpath(*name.split("."))
+            expected.update(path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")])
+        assert {installed / name for name in newer.TESTED_FILES} == expected
+
+    def test_those_of_the_installed_peft_are_the_tested_ones(self, newer):
+        assert newer.file_difference(str(Path(importlib.import_module("peft").__file__).parent)) is None
+
+    @pytest.mark.parametrize("index", range(8))
+    def test_a_change_in_any_of_them_is_found(self, newer, folder, index):
+        name = list(newer.TESTED_FILES)[index]
+        (folder / name).write_text((folder / name).read_text() + "# changed\n")
+        assert newer.file_difference(str(folder)) == f"its {name} differs from the tested one"
+
+    def test_the_line_endings_of_windows_make_no_difference(self, newer, folder):
+        for name in newer.TESTED_FILES:
+            (folder / name).write_bytes((folder / name).read_bytes().replace(b"\n", b"\r\n"))
+        assert newer.file_difference(str(folder)) is None
+
+    def test_compiled_and_hidden_files_make_no_difference(self, newer, folder):
+        (folder / "tuners/adalora/__pycache__").mkdir()
+        (folder / "tuners/adalora/.layer.py.swp").touch()
+        assert newer.file_difference(str(folder)) is None
+
+    @pytest.mark.parametrize("new", ["callback.py", "variants/__init__.py"])
+    def test_a_new_module_that_ours_could_hide_is_found(self, newer, folder, new):
+        path = folder / "tuners/adalora" / new
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        assert newer.file_difference(str(folder)) == f"its tuners/adalora/{new.split('/')[0]} is new"
+
+    def test_a_missing_file_counts_as_a_difference(self, newer, folder):
+        (folder / "tuners/mixed/model.py").unlink()
+        assert newer.file_difference(str(folder)).startswith("its files cannot be compared (FileNotFoundError: ")
+
+    def test_a_peft_in_an_archive_counts_as_different(self, newer, folder, tmp_path_factory):
+        archive = shutil.make_archive(str(tmp_path_factory.mktemp("archive") / "peft"), "zip", folder)
+        assert newer.file_difference(archive).startswith("its files cannot be compared (NotADirectoryError: ")
+
+
+@contextmanager
+def default_device(device):
+    import torch
+
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype(dtype):
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def fast_products():
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+SURROUNDINGS = {
+    "nothing": "nullcontext()",
+    "no_grad": "torch.no_grad()",
+    "inference mode": "torch.inference_mode()",
+    "device meta": "torch.device('meta')",
+    "device cuda": "torch.device('cuda')",
+    "default device meta": "default_device('meta')",
+    "default device cuda": "default_device('cuda')",
+    "default dtype bfloat16": "default_dtype('bfloat16')",
+    "default dtype float64": "default_dtype('float64')",
+    "autocast": "torch.autocast('cpu', dtype=torch.bfloat16)",
+    "fast products": "fast_products()",
+    "DoraCaching": "DoraCaching()",
+    "fake tensors": "FakeTensorMode()",
+}
+
+
+class TestCheckOfValues:
+    """The check of a small adapter before the first one, on a PEFT of an untested version."""
+
+    @pytest.fixture(autouse=True)
+    def not_yet_passed(self, newer, monkeypatch):
+        monkeypatch.setattr(newer, "_passed", False)
+
+    @pytest.fixture
+    def comparisons(self, newer, monkeypatch):
+        """The comparisons that have been started."""
+        started, compare = [], newer.follows_formula
+        monkeypatch.setattr(newer, "follows_formula", lambda: started.append(compare) or compare())
+        return started
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("surroundings", SURROUNDINGS)
+    def test_passes_anywhere_and_leaves_no_trace(self, newer, surroundings):
+        import random
+
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        from peft.helpers import DoraCaching
+
+        names = {"nullcontext": nullcontext, "torch": torch, "DoraCaching": DoraCaching, **globals()}
+        context = eval(SURROUNDINGS[surroundings], {**names, "FakeTensorMode": FakeTensorMode})
+        before = torch.get_rng_state(), random.getstate()
+        with context:
+            settings = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+            newer.check_values()
+            assert settings == (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype())
+        assert newer._passed
+        assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+    def test_passes_in_a_compiled_function(self, newer):
+        import torch
+
+        @torch.compile(backend="eager")
+        def function(x):
+            newer.check_values()
+            return x.sin()
+
+        assert torch.equal(function(torch.ones(3)), torch.ones(3).sin())
+        assert newer._passed
+
+    def test_waits_for_the_next_adapter_while_modules_are_made_without_values(self, newer, comparisons):
+        accelerate = importlib.import_module("accelerate")
+        with accelerate.init_empty_weights():
+            newer.check_values()
+        assert not newer._passed
+        newer.check_values()
+        assert newer._passed and len(comparisons) == 2
+
+    def test_runs_once_in_a_process_with_threads(self, newer, comparisons):
+        threads = [threading.Thread(target=newer.check_values) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert newer._passed and len(comparisons) == 1
+
+    @pytest.mark.parametrize(
+        "place, change, difference",
+        [
+            (
+                "peft.tuners.lora.layer.LoraLayer._cast_input_dtype",
+                lambda _: lambda self, x, dtype: 2 * x.to(dtype),
+                "the output differs from the formula",
+            ),
+            (
+                "peft.tuners.lora.layer.LoraLayer._cast_input_dtype",
+                lambda _: lambda self, x: x,
+                ".* takes 2 positional arguments but 3 were given",
+            ),
+            (
+                "peft.tuners.adalora.variants.base_row_norm",
+                lambda original: lambda module: 2 * original(module),
+                "the magnitude of a new adapter differs from the formula",
+            ),
+            (
+                "peft.get_peft_model_state_dict",
+                lambda original: lambda model: {key: 2 * value for key, value in original(model).items()},
+                "the output of a loaded adapter differs from the formula",
+            ),
+            (
+                "peft.set_peft_model_state_dict",
+                lambda _: lambda model, weights: None,
+                "the output of a loaded adapter differs from the formula",
+            ),
+            (
+                "peft.tuners.adalora.layer.merge_adapter",
+                lambda _: lambda layer, adapter_name, safe_merge: None,
+                "the merged weight differs from the formula",
+            ),
+        ],
+    )
+    def test_names_the_first_difference_and_says_what_to_do(self, newer, monkeypatch, place, change, difference):
+        owner, _, name = place.rpartition(".")
+        owner = pkgutil.resolve_name(owner)
+        monkeypatch.setattr(owner, name, change(getattr(owner, name)))
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match=f"which was not tested: {difference}. Install a tested version: pip"
+            ):
+                newer.check_values()
+        assert not newer._passed
 
 
 class TestModuleOutsideOfAdaLora:

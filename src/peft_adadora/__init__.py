@@ -2,13 +2,14 @@
 
 `AdaLoraCallback` is for the Trainer of transformers (also in `peft.tuners.adalora`), `read_report` and `figures` show
 what a run has learned, and `doctor` tells whether AdaDoRA is active. Import this package before `peft` where Python
-reads no start-up files, as with `python -S`. This raises `ImportError` if PEFT is missing or not supported, or if
-`peft.tuners.adalora` was imported without AdaDoRA.
+reads no start-up files, as with `python -S`. This raises `ImportError` if PEFT is missing, if its version is untested
+and its files differ from the tested ones, or if `peft.tuners.adalora` was imported without AdaDoRA.
 """
 
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import _peft_adadora as _overlay
@@ -20,9 +21,12 @@ try:
     _peft_version = getattr(sys.modules.get("peft"), "__version__", None) or version("peft")
 except PackageNotFoundError:
     _peft_version = ""
-if not _overlay.is_supported(_peft_version):
-    _found = f"peft {_peft_version}" if _peft_version else "no peft"
-    raise ImportError(f'{_found} is installed, but peft-adadora needs: pip install "peft{_overlay.SUPPORTED_PEFT}"')
+_needs = f'peft-adadora needs: pip install "peft{_overlay.TESTED_PEFT}"'
+if not _peft_version:
+    raise ImportError(f"no peft is installed, but {_needs}")
+_reason = _overlay.why_off(_peft_version, getattr(find_spec("peft"), "origin", None))
+if _reason is not None:
+    raise ImportError(f"peft {_peft_version} is installed and {_reason}, but {_needs}")
 
 _adalora = sys.modules.get("peft.tuners.adalora")
 if _adalora is not None and _overlay.overlay_path(_adalora.__name__) not in _adalora.__path__:

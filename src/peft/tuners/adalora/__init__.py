@@ -14,6 +14,7 @@
 
 """PEFT's AdaLoRA with AdaDoRA."""
 
+import sys
 from typing import Any
 
 from . import stock___init__ as stock
@@ -21,6 +22,11 @@ from .stock___init__ import *
 
 
 __all__ = stock.__all__
+
+if "_peft_adadora_newer" in sys.modules:  # the version of PEFT is untested
+    from . import layer, supported_layers
+
+    sys.modules["_peft_adadora_newer"].check_before_first_adapter(layer, supported_layers)
 
 
 def __getattr__(name: str) -> Any:
