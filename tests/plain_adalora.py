@@ -170,6 +170,20 @@ def warnings_of(action: Callable[[], object]) -> list[str]:
 # ------------------------------------------------------------------------------------------ repaired for plain AdaLoRA
 
 
+@row("a step whose gradients are not finite, such as one that a gradient scaler skips")
+def leaves_out_an_overflow(adapters: Adapters) -> bool:
+    model = adapters.fresh()
+    for step in range(20):
+        model.zero_grad()
+        nn.functional.mse_loss(model(X), TARGET).backward()
+        for layer in adapted(model) if step == 0 else ():
+            layer.lora_B["default"].grad.fill_(torch.inf)
+        for layer in adapted(model):
+            layer.lora_E["default"].data += 0.01
+        model.base_model.update_and_allocate(step)
+    return sum(int(layer.lora_E["default"].count_nonzero()) for layer in adapted(model)) == 6
+
+
 @row("a convolution with several groups")
 def convolves_in_groups(adapters: Adapters) -> bool:
     model = adapters.around(nn.Conv2d(4, 6, 3, groups=2))
@@ -303,7 +317,7 @@ def evaluates_the_loss(adapters: Adapters) -> bool:
     return is_close(loss, make_llama().eval()(input_ids=TOKENS, labels=TOKENS).loss)
 
 
-@row("a loss that the orthogonality term does not reach")
+@row("a loss that the orthogonality term does not reach, as in TRL's trainers")
 def warns_of_no_regularization(adapters: Adapters) -> bool:
     messages = warnings_of(lambda: train(adapters.fresh()))
     return sum("regularization" in message for message in messages) == 1
@@ -406,6 +420,36 @@ def stays_trainable(adapters: Adapters) -> bool:
 @row("loading a pruned adapter under a name that is part of a module's name")
 def loads_under_the_name_of_a_module(adapters: Adapters) -> bool:
     return loads_as_saved(train(adapters.fresh()), load_as="up")
+
+
+@row("the loss inside of `disable_adapter()` in training")
+def disables_the_term(adapters: Adapters) -> bool:
+    model = adapters.llama().train()
+    with model.disable_adapter():
+        return is_close(model(input_ids=TOKENS, labels=TOKENS).loss, make_llama()(input_ids=TOKENS, labels=TOKENS).loss)
+
+
+@row("a layer whose weight the model reads without calling it")
+def warns_of_a_layer_that_is_not_called(adapters: Adapters) -> bool:
+    class ReadsWeight(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(nn.functional.linear(self.up(x), self.down.weight))
+
+    torch.manual_seed(0)
+    model = get_peft_model(ReadsWeight(), adapters.config())
+    return any("'down'" in message for message in warnings_of(lambda: train(model)))
+
+
+@row("`nn.TransformerEncoder` in eval mode")
+def takes_no_fast_path(adapters: Adapters) -> bool:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(10, 2, 16, dropout=0.0, batch_first=True)
+    base = Around(nn.TransformerEncoder(layer, 1))
+    model = trained_by_hand(get_peft_model(base, adapters.config(target_modules=["linear1", "linear2"])))
+    x = X[None]
+    in_training = model.train()(x)
+    with torch.no_grad():
+        return is_close(model.eval()(x), in_training)
 
 
 @row("an adapter name that torch forbids, such as `keys` or `a.b`")

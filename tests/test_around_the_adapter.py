@@ -665,7 +665,7 @@ class TestOptions:
 
 
 class TestRegularization:
-    WARNING = "regularization has not reached the loss"
+    WARNING = "regularization has not reached the gradients"
 
     def llama(self, **kwargs):
         torch.manual_seed(0)
@@ -706,6 +706,59 @@ class TestRegularization:
         loss = outputs.loss if with_labels else outputs.logits.square().mean()
         loss.backward()
         model.base_model.update_and_allocate(0)
+
+    @pytest.mark.parametrize("state", ["disabled", "another adapter is active"])
+    def test_the_loss_of_a_model_without_the_adapter_in_training_has_no_term(self, state):
+        tokens = torch.arange(10).view(1, -1)
+        model = self.llama(task_type="CAUSAL_LM", orth_reg_weight=20.0)
+        reference = model.get_base_model()
+        if state == "disabled":
+            with model.disable_adapter():
+                loss = model(input_ids=tokens, labels=tokens).loss
+                expected = reference(input_ids=tokens, labels=tokens).loss
+        else:
+            config = make_config(target_modules=["q_proj"], task_type="CAUSAL_LM", inference_mode=True)
+            model.add_adapter("other", config)
+            model.set_adapter("other")
+            loss = model(input_ids=tokens, labels=tokens).loss
+            expected = reference(input_ids=tokens, labels=tokens).loss
+            model.set_adapter("default")
+        assert torch.equal(loss, expected)
+        assert model(input_ids=tokens, labels=tokens).loss > expected + 1
+
+    def test_a_loss_computed_from_logits_beside_the_labels_is_told(self):
+        """As TRL's trainers do, which ignore the loss of the model."""
+        model, tokens = self.llama(task_type="CAUSAL_LM"), torch.arange(10).view(1, -1)
+        model(input_ids=tokens, labels=tokens).logits.square().mean().backward()
+        with pytest.warns(UserWarning, match=self.WARNING):
+            model.base_model.update_and_allocate(0)
+
+    def test_a_loss_that_is_only_evaluated_is_told(self):
+        model, tokens = self.llama(task_type="CAUSAL_LM"), torch.arange(10).view(1, -1)
+        with torch.no_grad():
+            model(input_ids=tokens, labels=tokens)
+        model(input_ids=tokens).logits.square().mean().backward()
+        with pytest.warns(UserWarning, match=self.WARNING):
+            model.base_model.update_and_allocate(0)
+
+    @pytest.mark.parametrize("way", ["scaled", "accumulated", "functional", "compiled"])
+    def test_nothing_is_told_if_the_loss_is_part_of_another(self, way):
+        model, tokens = self.llama(task_type="CAUSAL_LM"), torch.arange(10).view(1, -1)
+        forward = torch.compile(model, backend="eager") if way == "compiled" else model
+        if way == "functional":
+            params = {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
+
+            def loss_of(params):
+                return torch.func.functional_call(model, params, kwargs={"input_ids": tokens, "labels": tokens}).loss
+
+            for name, gradient in torch.func.grad(loss_of)(params).items():
+                model.get_parameter(name).grad = gradient
+        else:
+            for _ in range(2 if way == "accumulated" else 1):
+                (0.5 * forward(input_ids=tokens, labels=tokens).loss).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.base_model.update_and_allocate(0)
 
     @pytest.mark.parametrize("way", ["without task type", "without labels"])
     def test_that_cannot_reach_the_loss_is_told_once(self, way):

@@ -141,6 +141,10 @@ class TestAllocation:
         assert sum(kept.values()) == 2 * 6
 
 
+def stop(model, control) -> None:
+    control.should_training_stop = True
+
+
 class TestSchedule:
     def test_the_run_decides_the_number_of_steps(self, tmp_path):
         trainer = make_trainer(tmp_path, make_adalora_config(total_step=1000))
@@ -169,17 +173,50 @@ class TestSchedule:
             trainer.train()
         assert any("trains `ranknum`" in str(warning.message) for warning in caught) is not freeze
 
-    def test_a_schedule_that_does_not_fit_is_refused_before_the_first_step(self, tmp_path):
-        steps = []
+    @pytest.mark.parametrize(
+        ("steps", "schedule", "scaled"),
+        [
+            (15, (1000, 100, 500), (1, 8)),
+            (16, (1000, 3, 5), (0, 1)),
+            (7, (10, 5, 4), (3, 3)),
+            (2, (1000, 100, 500), (0, 1)),
+            (1, (1000, 100, 500), (0, 0)),
+            (16, (8, 1, 2), (2, 4)),
+        ],
+    )
+    def test_a_run_of_another_length_scales_the_schedule(self, steps, schedule, scaled, tmp_path):
+        total_step, tinit, tfinal = schedule
         trainer = make_trainer(
             tmp_path,
-            make_adalora_config(total_step=1000, tinit=100, tfinal=100),
-            (AtEachStep(lambda step, model: steps.append(step)),),
+            make_adalora_config(total_step=total_step, tinit=tinit, tfinal=tfinal, deltaT=1),
+            max_steps=steps,
+            save_strategy="no",
         )
-        with pytest.raises(ValueError, match="don't allow for a budgeting phase"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             trainer.train()
-        assert not steps
-        assert trainer.model.peft_config["default"].total_step == 1000
+        message = (
+            f"total_step={total_step} but this run takes {steps} optimizer steps, so its schedule is scaled to "
+            f"tinit={scaled[0]} and tfinal={scaled[1]} (from {tinit} and {tfinal})"
+        )
+        assert sum(message in str(warning.message) for warning in caught) == 1
+        config = trainer.model.peft_config["default"]
+        assert (config.total_step, config.tinit, config.tfinal) == (steps, *scaled)
+        if steps > 1:
+            assert sum(map(sum, config.rank_pattern.values())) == 2 * 6
+
+    def test_a_resumed_run_of_another_length_has_the_same_schedule(self, tmp_path):
+        config = make_adalora_config(total_step=100, tinit=20, tfinal=40)
+        make_trainer(tmp_path / "whole", config).train()
+        trainer = make_trainer(tmp_path / "killed", config, (At("on_step_end", 9, stop),))
+        trainer.train()
+        resumed = make_trainer(tmp_path / "killed", config)
+        resumed.train(resume_from_checkpoint=True)
+        assert (resumed.model.peft_config["default"].tinit, resumed.model.peft_config["default"].tfinal) == (3, 7)
+        weights = [
+            load_file(tmp_path / name / "checkpoint-15" / "adapter_model.safetensors") for name in ("whole", "killed")
+        ]
+        assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
 
     @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
     def test_the_config_of_the_user_stays_as_it_is(self, use_dora_adaptive, tmp_path):

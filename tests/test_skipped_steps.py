@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import parameter_bytes
-from trainer_run import STEPS, make_adalora_config, make_llama, make_trainer
+from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, make_trainer
 from transformers import TrainerCallback
 
 from peft import get_peft_model
 
 
 LAST_ALLOCATION = STEPS - 5
+
+
+def batch(index: int) -> dict[str, torch.Tensor]:
+    return {key: row[None] for key, row in RandomTokens()[index].items()}
 
 
 class AroundSteps(TrainerCallback):
@@ -78,3 +83,97 @@ def test_a_run_with_a_step_that_a_scaler_skips_ends_as_a_loop_that_leaves_it_out
     assert sum(map(sum, pattern.values())) == 12
     for (name, param), other in zip(trainer.model.named_parameters(), model.parameters()):
         torch.testing.assert_close(param, other, msg=name)
+
+
+# allocations at the steps 4, 8 and 11
+@pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    "steps", [(0,), (4,), (LAST_ALLOCATION,), (13,), (0, 1, 2, 3, 4, 5)], ids=["first", "4", "last", "13", "first six"]
+)
+def test_the_ranks_of_a_loop_with_gradients_that_are_not_finite_are_those_of_the_other_steps(
+    steps, value, use_dora_adaptive
+):
+    """A loop that calls `update_and_allocate` after every step, also after those that the optimizer skips."""
+
+    def run(is_told: bool):
+        config = make_adalora_config(use_dora_adaptive=use_dora_adaptive, lora_dropout=0.0, deltaT=4)
+        model = get_peft_model(make_llama(), config)
+        params = [param for param in model.parameters() if param.requires_grad]
+        optimizer, scaler = torch.optim.AdamW(params, lr=1e-2), torch.amp.GradScaler("cpu", init_scale=64.0)
+        of_one_layer = next(param for name, param in model.named_parameters() if "lora_E" in name)
+        for step in range(STEPS):
+            scaler.scale(model(**batch(step)).loss).backward()
+            if step in steps:
+                of_one_layer.grad[0] = value
+            scaler.step(optimizer)
+            scaler.update()
+            with pytest.MonkeyPatch.context() as patch:
+                if is_told and step in steps:
+                    patch.setattr(model.base_model.rankallocator, "update_ipt", lambda _: None)
+                model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+        return model
+
+    model, reference = run(is_told=False), run(is_told=True)
+    pattern = model.base_model.peft_config["default"].rank_pattern
+    assert pattern == reference.base_model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 12
+    for param, other in zip(model.parameters(), reference.parameters()):
+        assert torch.equal(param, other)
+
+
+def test_a_scale_that_overflows_at_the_start_does_not_keep_all_ranks():
+    model = get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0))
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer, scaler = torch.optim.AdamW(params, lr=1e-2), torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    skipped = 0
+    for step in range(STEPS):
+        scale = scaler.get_scale()
+        scaler.scale(model(**batch(step)).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += scaler.get_scale() < scale
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    assert 2 < skipped < LAST_ALLOCATION
+    assert sum(int(param.count_nonzero()) for name, param in model.named_parameters() if "lora_E" in name) == 12
+
+
+def test_without_a_finite_step_before_the_last_allocation_the_error_says_so():
+    model = get_peft_model(make_llama(), make_adalora_config())
+    param = next(param for name, param in model.named_parameters() if "lora_E" in name)
+    param.register_hook(lambda grad: grad * torch.nan)
+    for step in range(LAST_ALLOCATION):
+        model(**batch(step)).loss.backward()
+        model.base_model.update_and_allocate(step)
+        model.zero_grad()
+    for step in (LAST_ALLOCATION, LAST_ALLOCATION + 1):
+        with pytest.raises(ValueError, match="no call before it has seen finite gradients"):
+            model.base_model.update_and_allocate(step)
+
+
+def test_the_loop_of_accelerate_with_steps_that_a_scaler_skips_gives_the_ranks_of_the_steps_that_count():
+    """The loop of the training guide, which counts the steps that were taken."""
+    results = []
+    for init_scale in (64.0, 2.0**127):
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        model = get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0))
+        params = [param for param in model.parameters() if param.requires_grad]
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(params, lr=1e-2))
+        tuner, step, batches = accelerator.unwrap_model(model).base_model, 0, 0
+        while step < STEPS:
+            accelerator.backward(model(**batch(step)).loss)
+            optimizer.step()
+            if accelerator.sync_gradients and not optimizer.step_was_skipped:
+                tuner.update_and_allocate(step)
+                step += 1
+            optimizer.zero_grad()
+            batches += 1
+        results.append((batches, tuner.peft_config["default"].rank_pattern, [param.detach() for param in params]))
+    (few, pattern, weights), (many, pattern_of_scaled, weights_of_scaled) = results
+    assert few == STEPS < many
+    assert pattern == pattern_of_scaled
+    for param, other in zip(weights, weights_of_scaled):
+        torch.testing.assert_close(param, other)

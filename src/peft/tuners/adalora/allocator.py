@@ -25,6 +25,7 @@ from . import sharding
 from . import stock_layer as stock
 from .importance import all_finite, keep_most_important, kept_triplets, mean_importance, updated_averages
 from .parameter_names import FACTORS, adapted_layers, layer_of_E
+from .validation import warn_of_uncalled_layers
 
 
 # Warn after this many training forwards without an allocation.
@@ -47,6 +48,7 @@ class RankAllocator(stock.RankAllocator):
     """
 
     kept: Optional[dict[str, list[bool]]] = None
+    has_regularization = False  # whether a backward pass has reached AdaLoRA's regularization
     _gradients: Optional[sharding.GradientCapture] = None
     _forwards = 0
 
@@ -100,8 +102,8 @@ class RankAllocator(stock.RankAllocator):
         gradients = {name: self._gradient(name, param) for name, param in params.items()}
         if all(gradient is None for gradient in gradients.values()):
             raise ValueError(
-                f"No factor of the adapter {self.adapter_name!r} has a gradient, so its ranks cannot be compared; "
-                "call `update_and_allocate(step)` after `optimizer.step()` and before `optimizer.zero_grad()`."
+                f"No factor of the adapter {self.adapter_name!r} has a gradient; call `update_and_allocate(step)` "
+                "after `optimizer.step()` and before `optimizer.zero_grad()`, and adapt layers that the model calls."
             )
         if self._gradients is not None:
             self._gradients.sums.clear()
@@ -161,6 +163,8 @@ class RankAllocator(stock.RankAllocator):
         """
         if not self.exp_avg_ipt:
             return None
+        if self.kept is None:
+            warn_of_uncalled_layers(adapted_layers(model, self.adapter_name), self.adapter_name, self.exp_avg_ipt)
         kept = keep_most_important(self._triplet_scores(), budget)
         self.kept = {name % "lora_E": mask for name, mask in zip(self.name_set, kept)}
         self.mask_using_rank_pattern(model, self.kept)
@@ -197,8 +201,6 @@ class RankAllocator(stock.RankAllocator):
     @torch.no_grad()
     def mask_other_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
         """Set pruned entries of E to zero in an optimizer's `OTHER_WEIGHTS` too. Returns whether it has any."""
-        if not any(name in state for state in optimizer.state.values() for name in OTHER_WEIGHTS):
-            return False
         found = False
         for layer in adapted_layers(model, self.adapter_name).values():
             lora_E = layer.lora_E[self.adapter_name]

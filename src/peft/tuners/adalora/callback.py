@@ -15,7 +15,6 @@
 """AdaLoRA and AdaDoRA in the `Trainer` of transformers: allocation, and logs."""
 
 import copy
-import dataclasses
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -41,19 +40,20 @@ class AdaLoraCallback(ResumableCallback):
     """
     Trains an AdaLoRA or AdaDoRA adapter in the `Trainer` of transformers, and in trainers built on it, such as TRL's.
 
-    After each optimizer step it calls [`AdaLoraModel.update_and_allocate`], with the number of steps of the run as
-    `total_step`. It logs the budget (`adalora_budget`, ranks in total), the mean rank of a layer
-    (`adalora_mean_rank`), the share of the initial ranks that is pruned (`adalora_pruned`) and, for AdaDoRA, the mean
-    relative change of a magnitude (`adalora_magnitude_drift`). `resume_from_checkpoint` goes on bit for bit as if the
-    run had never stopped; see [`ResumableCallback`]. When a Trainer is made, checkpoints that a kill left half written
-    are renamed `unfinished-checkpoint-<step>`, and magnitudes over quantized weights that TRL has cast become float32.
+    After each optimizer step it calls [`AdaLoraModel.update_and_allocate`]. If the run takes another number of steps
+    than `total_step`, the callback scales `tinit` and `tfinal` with it and warns. It logs the budget
+    (`adalora_budget`, ranks in total), the mean rank of a layer (`adalora_mean_rank`), the share of the initial ranks
+    that is pruned (`adalora_pruned`) and, for AdaDoRA, the mean relative change of a magnitude
+    (`adalora_magnitude_drift`). `resume_from_checkpoint` goes on bit for bit as if the run had never stopped; see
+    [`ResumableCallback`]. When a Trainer is made, checkpoints that a kill left half written are renamed
+    `unfinished-checkpoint-<step>`, and magnitudes over quantized weights that TRL has cast become float32.
 
     Adapters from `model.add_adapter` of transformers and `inject_adapter_in_model` train without the regularization.
 
     Raises:
         `NotImplementedError`: When the Trainer is made, if it uses FSDP1; FSDP2 works.
-        `ValueError`: When training starts, if there is no AdaLoRA adapter to train, if it was loaded pruned, if its
-            schedule does not fit the number of steps, or as [`ResumableCallback.restore`].
+        `ValueError`: When training starts, if there is no AdaLoRA adapter to train, if it was loaded pruned, or as
+            [`ResumableCallback.restore`].
     """
 
     def on_init_end(self, args: TrainingArguments, *_: Any, model: torch.nn.Module, **__: Any) -> None:
@@ -126,16 +126,17 @@ def _tuner_of(model: torch.nn.Module) -> AdaLoraModel | SimpleNamespace:
 
 
 def _config_of_run(config: AdaLoraConfig, total_step: int) -> AdaLoraConfig:
-    """A copy of a config, which may serve other models, for a run of `total_step` optimizer steps."""
+    """A copy of a config, with the schedule scaled to a run of `total_step` optimizer steps."""
     copied = copy.copy(config)
     copied.total_step, copied.saves_all_ranks = total_step, InCheckpoint()
     if config.total_step != total_step:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataclasses.replace(copied)  # raises if the schedule does not fit
+        # rounded up, so that a short run has a last allocation, too
+        copied.tfinal = min(-(-config.tfinal * total_step // config.total_step), total_step - 1)
+        copied.tinit = min(config.tinit * total_step // config.total_step, total_step - copied.tfinal - 1)
         warnings.warn(
-            f"The AdaLoRA config has total_step={config.total_step} but this run takes {total_step} optimizer steps; "
-            f"its schedule now ends at step {total_step}."
+            f"The AdaLoRA config has total_step={config.total_step} but this run takes {total_step} optimizer steps, "
+            f"so its schedule is scaled to tinit={copied.tinit} and tfinal={copied.tfinal} (from {config.tinit} and "
+            f"{config.tfinal})."
         )
     return copied
 

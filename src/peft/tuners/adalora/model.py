@@ -18,6 +18,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -36,7 +37,7 @@ from .parameter_names import adapted_layers, layer_of_E
 from .quantized import learn_how_to_quantize
 from .regularization import add_orthogonality_loss
 from .sharding import is_sharded
-from .supported_layers import check_targets
+from .supported_layers import avoid_fast_path, check_targets
 from .validation import check_allocation, check_name, check_options, check_sole_adapter
 
 
@@ -47,15 +48,15 @@ class AdaLoraModel(stock.AdaLoraModel):
     It refuses what AdaDoRA cannot do for the whole model, before any layer changes.
     """
 
-    # whether the regularization has been part of a loss
-    adds_regularization = False
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_post_hook(_read_kept)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds the orthogonality term to the loss as PEFT does. For an AdaDoRA adapter only in training mode."""
+        """
+        Adds the orthogonality term to the loss as PEFT does. For an AdaDoRA adapter only in training mode, and not
+        while the adapter is disabled or another one is active.
+        """
         adapter_name = self._adapter_in_training()
         if adapter_name is None:
             return self.model.forward(*args, **kwargs)
@@ -63,8 +64,11 @@ class AdaLoraModel(stock.AdaLoraModel):
         if not config.use_dora_adaptive and not any(is_sharded(layer.lora_A[adapter_name]) for layer in layers):
             return super().forward(*args, **kwargs)
         outputs = self.model.forward(*args, **kwargs)
-        if self.training or not config.use_dora_adaptive:
-            self.adds_regularization |= add_orthogonality_loss(outputs, layers, adapter_name, config.orth_reg_weight)
+        in_use = (not layer.disable_adapters and adapter_name in layer.active_adapters for layer in layers)
+        if not config.use_dora_adaptive or (self.training and any(in_use)):
+            # not an attribute of the model, of which a replica of DataParallel is a copy
+            note = partial(setattr, self.rankallocator, "has_regularization", True)
+            add_orthogonality_loss(outputs, layers, adapter_name, config.orth_reg_weight, on_gradient=note)
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,6 +113,8 @@ class AdaLoraModel(stock.AdaLoraModel):
                 if (name := layer_of_E(key, adapter_name)) in layers:
                     loading.set_rank(layers[name], adapter_name, int(sum(kept)))
         learn_how_to_quantize(model, self._layers())
+        if config.use_dora_adaptive:
+            avoid_fast_path(model)
         if config.use_dora_adaptive and hasattr(model, "add_model_tags"):
             model.add_model_tags("adadora")  # for the model card that PEFT writes
         if not config.inference_mode:

@@ -15,7 +15,7 @@
 """AdaLoRA's regularization, which pulls the factors towards orthogonality."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -24,12 +24,25 @@ from torch import nn
 from .sharding import check_not_flattened, is_sharded
 
 
-def add_orthogonality_loss(outputs: Any, layers: Collection[nn.Module], adapter_name: str, weight: float) -> bool:
-    """Add `weight` times [`orthogonality_loss`] to the loss of a model's outputs. Returns whether they have one."""
+def add_orthogonality_loss(
+    outputs: Any,
+    layers: Collection[nn.Module],
+    adapter_name: str,
+    weight: float,
+    on_gradient: Callable[[], None],
+) -> None:
+    """
+    Add `weight` times [`orthogonality_loss`] to the loss of a model's outputs, if they have one. A backward pass of
+    this loss calls `on_gradient`; trainers that compute a loss of their own never start one.
+    """
     if not layers or not isinstance(getattr(outputs, "loss", None), torch.Tensor):
-        return False
-    outputs.loss = outputs.loss + weight * orthogonality_loss(layers, adapter_name)
-    return True
+        return
+    term = weight * orthogonality_loss(layers, adapter_name)
+    if torch.compiler.is_compiling():  # which would have to leave the graph for a hook
+        on_gradient()
+    elif term.requires_grad:
+        term.register_hook(lambda _: on_gradient())
+    outputs.loss = outputs.loss + term
 
 
 def orthogonality_loss(layers: Iterable[nn.Module], adapter_name: str) -> torch.Tensor:

@@ -127,3 +127,20 @@ def check_targets(
             inside_adapter_layer = (*inside_adapter_layer, f"{name}.")
         if name in names_in_state_dict if state_dict else tuner._check_target_module_exists(config, name):
             check_magnitude_support(module, name)
+
+
+def avoid_fast_path(model: nn.Module) -> None:
+    """
+    Have `nn.TransformerEncoder` call its adapted layers. Its fast path in eval mode reads their weights instead, and
+    is not taken where a layer has a hook.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # only the fast path computes with nested tensors
+        for layer in module.children() if isinstance(module, nn.TransformerEncoderLayer) else ():
+            if isinstance(layer, BaseTunerLayer) and _do_nothing not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(_do_nothing)
+
+
+def _do_nothing(*_: Any) -> None:
+    """A hook that does nothing."""

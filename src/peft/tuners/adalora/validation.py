@@ -14,14 +14,17 @@
 
 """Checks of adapter names, options and schedules of AdaDoRA, and warnings of options that AdaLoRA does not read."""
 
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Container
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import AdaLoraConfig
-from .parameter_names import adapted_layers, layer_of_E
+from .parameter_names import FACTORS, adapted_layers, layer_of_E
 from .sharding import check_not_flattened, full_shape
 
 
@@ -105,6 +108,35 @@ def check_unpruned(tuner: Any, what_follows: str) -> None:
             )
 
 
+def warn_of_uncalled_layers(
+    layers: dict[str, nn.Module], adapter_name: str, averages: dict[str, torch.Tensor]
+) -> None:
+    """
+    Warn of layers that have got no gradient by the first allocation. A layer counts as called if another whose name
+    differs in the last number is: an expert may have seen no token, and a layer may have been dropped.
+
+    Args:
+        layers (`dict[str, nn.Module]`): The adapted layers by their names in the model.
+        adapter_name (`str`): The adapter in training.
+        averages (`dict[str, torch.Tensor]`): The average importance of each factor, by its name in the model.
+    """
+    called = defaultdict(dict)
+    for name, layer in layers.items():
+        factors = {part: getattr(layer, part)[adapter_name] for part in FACTORS}
+        if any(factor.requires_grad for factor in factors.values()):
+            called[re.sub(r"\d+(?!.*\d)", "*", name)][name] = any(
+                factor.grad is not None or bool(averages[f"{name}.{part}.{adapter_name}"].any())
+                for part, factor in factors.items()
+            )
+    uncalled = [name for group in called.values() if not any(group.values()) for name in group]
+    if 0 < len(uncalled) < len(layers):
+        warnings.warn(
+            f"{', '.join(map(repr, uncalled))} got no gradient before the first allocation, so the adapter has no "
+            "effect there and its ranks will be pruned. The model may read the weight of the layer without calling "
+            "it, or may not use the layer; leave it out of `target_modules`."
+        )
+
+
 def check_allocation(tuner: Any, global_step: int) -> None:
     """
     Check that the adapter in training can be allocated at a step. At the first allocation of an AdaDoRA adapter, warn
@@ -126,8 +158,9 @@ def check_allocation(tuner: Any, global_step: int) -> None:
     can_decide = global_step < last or (global_step == last and allocator.exp_avg_ipt)
     if config.use_dora_adaptive and not can_decide and not allocator.kept:
         raise ValueError(
-            f"`update_and_allocate({global_step})` is the first call, but the schedule ends its budget phase at step "
-            f"{last}, so no ranks have been decided; call it after each optimizer step, from the first one on."
+            f"`update_and_allocate({global_step})` comes after the budget phase, which ends at step {last}, but no "
+            "call before it has seen finite gradients, so no ranks have been decided; call it after each optimizer "
+            "step, from the first one on."
         )
     if not config.use_dora_adaptive or allocator.exp_avg_ipt or global_step > last:
         return
@@ -136,8 +169,9 @@ def check_allocation(tuner: Any, global_step: int) -> None:
         "its schedule cannot start again; train on without `update_and_allocate`, or merge the adapter and train a "
         "new one",
     )
-    if config.orth_reg_weight > 0 and not getattr(tuner, "adds_regularization", False):
+    if config.orth_reg_weight > 0 and not allocator.has_regularization:
         warnings.warn(
-            "AdaLoRA's regularization has not reached the loss, because the model did not return one: set `task_type` "
-            "and pass labels, or set `orth_reg_weight=0` to train without it."
+            "AdaLoRA's regularization has not reached the gradients, because the loss is not the model's own "
+            "`outputs.loss`, as in TRL's trainers, or the model returns none: set `task_type` and pass labels, or set "
+            "`orth_reg_weight=0` to train without it."
         )

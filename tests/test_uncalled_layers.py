@@ -1,0 +1,132 @@
+"""Layers whose weight a model reads without calling them, where an adapter has no effect."""
+
+import warnings
+
+import pytest
+import torch
+from helpers import make_config, svd_layers, train_by_hand
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM, WavLMConfig, WavLMModel
+
+from peft import get_peft_model
+
+
+WARNING = "got no gradient before the first allocation"
+
+
+class ReadsWeight(nn.Module):
+    """A layer of which the model reads the weight, one that it calls, and experts of which some see no token."""
+
+    def __init__(self, call_all: bool = False):
+        super().__init__()
+        self.read, self.called = nn.Linear(10, 10), nn.Linear(10, 4)
+        self.experts = nn.ModuleList(nn.Linear(10, 10) for _ in range(3))
+        self.call_all = call_all
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.read(x) if self.call_all else nn.functional.linear(x, self.read.weight, self.read.bias)
+        return self.called(torch.tanh(self.experts[1](x)))
+
+
+def adapt(base: nn.Module, **kwargs):
+    torch.manual_seed(0)
+    return get_peft_model(base, make_config(target_modules=["read", "called", "0", "1", "2"], **kwargs))
+
+
+def train(model, steps: int, lr: float = 1e-2, forward=None) -> list[str]:
+    """Train, and return what the warnings about layers without a gradient name."""
+    forward = forward or (lambda: model(torch.randn(8, 10)))
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=lr)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            forward().square().mean().backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+    return [str(warning.message).split(WARNING)[0] for warning in caught if WARNING in str(warning.message)]
+
+
+@pytest.mark.parametrize("use_dora_adaptive", [True, False])
+@pytest.mark.parametrize("tinit", [0, 2])
+def test_one_warning_names_a_layer_that_is_never_called(tinit, use_dora_adaptive):
+    model = adapt(ReadsWeight(), tinit=tinit, use_dora_adaptive=use_dora_adaptive)
+    assert train(model, steps=20) == ["'read' "]
+
+
+def test_no_warning_if_all_layers_are_called_but_some_experts():
+    assert not train(adapt(ReadsWeight(call_all=True)), steps=20)
+
+
+def test_no_warning_at_a_learning_rate_of_zero():
+    """Nothing has any importance then, though there are gradients."""
+    assert not train(adapt(ReadsWeight(call_all=True), tinit=0), steps=20, lr=0.0)
+
+
+def test_no_warning_about_a_layer_that_the_user_has_frozen():
+    model = adapt(ReadsWeight())
+    for name, param in model.named_parameters():
+        if ".read." in name:
+            param.requires_grad_(False)
+    assert not train(model, steps=20)
+
+
+def test_without_any_gradient_the_error_names_the_cause():
+    model = adapt(ReadsWeight())
+    with pytest.raises(ValueError, match="adapt layers that the model calls"):
+        model.base_model.update_and_allocate(0)
+
+
+def test_mamba_names_its_dt_proj():
+    torch.manual_seed(0)
+    base = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=2))
+    model = get_peft_model(base, make_config(target_modules=["in_proj", "dt_proj"], tinit=1))
+    tokens = torch.arange(10).view(1, -1)
+    (named,) = train(model, steps=3, forward=lambda: model(tokens).logits)
+    assert named.count("dt_proj") == 2
+    assert "in_proj" not in named
+
+
+def test_wavlm_names_the_projections_of_its_attention():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
+    base = WavLMModel(WavLMConfig(**sizes, **convolutions, num_conv_pos_embedding_groups=2, mask_time_prob=0.0))
+    model = get_peft_model(base, make_config(target_modules=["q_proj", "v_proj", "intermediate_dense"], tinit=1))
+    (named,) = train(model, steps=3, forward=lambda: model(torch.randn(1, 200)).last_hidden_state)
+    assert "q_proj" in named
+    assert "v_proj" in named
+    assert "intermediate_dense" not in named
+
+
+class Encoder(nn.Module):
+    def __init__(self, norm_first: bool = False):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.encoder(x, src_key_padding_mask=mask)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("targets", [["linear1", "linear2"], ["linear2"]], ids=["both", "one"])
+def test_an_encoder_of_torch_predicts_with_the_adapter_in_eval_mode(targets, is_masked, norm_first):
+    torch.manual_seed(0)
+    model = get_peft_model(Encoder(norm_first), make_config(target_modules=targets))
+    for layer in svd_layers(model).values():
+        train_by_hand(layer)
+    x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False, False, False, True, True]])
+    arguments = (x, mask) if is_masked else (x,)
+    trained = model(*arguments).detach()  # torch's fast path is for eval mode alone
+    model.eval()
+    with torch.no_grad():
+        predicted = model(*arguments)
+        with model.disable_adapter():
+            base = model(*arguments)
+        merged = model.merge_and_unload()(*arguments)
+    seen = ~mask if is_masked else torch.ones_like(mask)
+    assert (trained - base)[seen].abs().max() > 0.1
+    assert torch.allclose(predicted[seen], trained[seen], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(merged[seen], trained[seen], rtol=1e-5, atol=1e-5)
