@@ -558,7 +558,7 @@ class TestSchedules:
         model = make_peft_mlp()
         model(X).sum().backward()
         before = state(model)
-        with pytest.raises(ValueError, match=rf"update_and_allocate\({step}\).*first call"):
+        with pytest.raises(ValueError, match=rf"update_and_allocate\({step}\).*no call before"):
             model.base_model.update_and_allocate(step)
         assert state(model) == before
 

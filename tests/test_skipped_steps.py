@@ -149,7 +149,7 @@ def test_without_a_finite_step_before_the_last_allocation_the_error_says_so():
         model.base_model.update_and_allocate(step)
         model.zero_grad()
     for step in (LAST_ALLOCATION, LAST_ALLOCATION + 1):
-        with pytest.raises(ValueError, match="no call before it has seen finite gradients"):
+        with pytest.raises(ValueError, match="no call before has seen finite gradients"):
             model.base_model.update_and_allocate(step)
 
 
