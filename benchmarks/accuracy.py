@@ -118,3 +118,24 @@ def tables(settings: Settings) -> Iterator[Table]:
         "Relative error against float64, the largest and the mean of all rows. The weight has the dtype, the adapter "
         "is float32 as PEFT makes it. Dense is the norm of PEFT's DoRA.",
     )
+    yield Table(
+        "cancellation",
+        "Rows that the update cancels",
+        [cancellation_row(share, settings) for share in (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)],
+        "The update takes away this share of a float32 weight. The factor is m / n for m = ‖W‖, exact and as computed "
+        "(medians over rows); the error of n is relative to float64.",
+    )
+
+
+def cancellation_row(share: float, settings: Settings) -> dict[str, Any]:
+    factors = random_factors(settings.pick(2048, 512))
+    factors = replace(factors, weight=-factors.update() / share)
+    exact, computed = dense_norm(factors.to(torch.float64)), norms(factors)["from the factors"].double()
+    errors, norm = (computed - exact).abs() / exact, factors.weight.double().norm(dim=1)
+    return {
+        "share": f"{100 * share:g} %",
+        "exact factor": float((norm / exact).median()),
+        "factor": float((norm / computed).median()),
+        "error of n: mean": float(errors.mean()),
+        "error of n: max": float(errors.max()),
+    }

@@ -426,7 +426,9 @@ def loads_under_the_name_of_a_module(adapters: Adapters) -> bool:
 def disables_the_term(adapters: Adapters) -> bool:
     model = adapters.llama().train()
     with model.disable_adapter():
-        return is_close(model(input_ids=TOKENS, labels=TOKENS).loss, make_llama()(input_ids=TOKENS, labels=TOKENS).loss)
+        return is_close(
+            model(input_ids=TOKENS, labels=TOKENS).loss, make_llama()(input_ids=TOKENS, labels=TOKENS).loss
+        )
 
 
 @row("a layer whose weight the model reads without calling it")

@@ -1,5 +1,7 @@
 """AdaDoRA's layer against an independent float64 reference."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import allocations, make_config, make_layer
@@ -10,6 +12,7 @@ from torch import nn
 
 from peft.tuners.adalora import SVDLinear
 from peft.tuners.adalora.adadora import squared_adapted_row_norm
+from peft.tuners.adalora.variants import row_scale
 
 
 LOW_PRECISION = [torch.bfloat16, torch.float16]
@@ -174,6 +177,18 @@ def test_the_magnitude_starts_as_the_row_norm_of_the_base_weight():
     assert relative_error(layer.lora_magnitude["default"], expected) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_adapter_that_starts_with_an_update_keeps_the_row_lengths_of_the_adapted_weight(dtype):
+    """As PEFT's DoRA does, so that the fresh layer gives W x + ΔW x."""
+    layer = make_layer(33, 65, 8, trained=False, dtype=dtype, init_lora_weights=False)
+    reference = Reference.of(layer)
+    assert reference.lora_E.abs().min() > 0
+    assert relative_error(layer.lora_magnitude["default"], reference.row_norm()) < 1e-5
+    x = torch.randn(5, 65).to(dtype)
+    expected = x.double() @ reference.adapted_weight().T + reference.bias
+    assert relative_error(layer(x), expected) < TOLERANCE[dtype]
+
+
 @settings(max_examples=60, deadline=None)
 @given(layer=layers)
 def test_merged_equals_unmerged(layer):
@@ -269,13 +284,51 @@ def test_rows_where_the_update_cancels_the_weight_stay_finite(dtype):
     assert all(torch.isfinite(getattr(layer, n)["default"].grad).all() for n in Reference.of(layer).factors())
 
 
-def test_rounding_never_makes_a_squared_norm_negative():
-    # in half of so many rows that cancel, it would push the sum below zero
+def test_a_row_that_the_update_cancels_counts_as_a_thousandth_of_the_weight():
+    # in half of so many rows, rounding would push n² below zero
     lora_A, scaled_E, lora_B = torch.randn(4, 64), torch.rand(4, 1) + 0.5, torch.randn(1000, 4)
-    squared_norm = squared_adapted_row_norm(-lora_B @ (scaled_E * lora_A), lora_A, scaled_E, lora_B)
+    weight = -lora_B @ (scaled_E * lora_A)
+    squared_norm = squared_adapted_row_norm(weight, lora_A, scaled_E, lora_B)
     assert squared_norm.shape == (1000, 1)
-    assert (squared_norm >= 0).all()
-    assert 0.1 < (squared_norm == 0).float().mean() < 1
+    assert relative_error(squared_norm.sqrt(), weight.double().norm(dim=1, keepdim=True) / 1024) < 1e-6
+
+
+def cancelling_layer(share: float, dtype: torch.dtype = torch.float32) -> SVDLinear:
+    """A layer whose update is -`share` times its weight, which has rank 4."""
+    layer = make_layer(200, 64, 4, bias=False, trained=False, dtype=dtype)
+    layer.lora_B["default"].data.normal_()
+    layer.lora_A["default"].data.normal_()
+    layer.lora_E["default"].data.fill_(float(layer.ranknum["default"]) / layer.scaling["default"])
+    update = Reference.of(layer).adapted_weight() - layer.get_base_layer().weight.double()
+    layer.get_base_layer().weight.data = (-update / share).to(dtype)
+    layer.lora_magnitude["default"].data = layer.get_base_layer().weight.float().norm(dim=1, keepdim=True)
+    return layer
+
+
+@pytest.mark.parametrize(("share", "error"), [(0.5, 1e-6), (0.9, 1e-4), (0.99, 1e-2)])
+def test_the_norm_of_a_row_that_is_nearly_cancelled_loses_as_much_as_the_guide_says(share, error):
+    layer = cancelling_layer(share)
+    factors = layer.update_factors("default")
+    squared_norm = squared_adapted_row_norm(layer.get_base_layer().weight.detach(), *factors)
+    exact = Reference.of(layer).row_norm()
+    assert ((squared_norm.double().sqrt() - exact).abs() / exact).max() < error
+
+
+def test_the_factor_of_a_row_has_no_jump_where_the_update_cancels_it():
+    """It grows to 1024 m / ‖W‖ and stays there; a row of zeros alone has the factor 1."""
+    factors = []
+    for share in (0.9, 0.99, 0.999, 0.9999, 0.99999, 1.0):
+        layer = cancelling_layer(share)
+        x = torch.eye(64)
+        merged = layer.get_base_layer().weight.data * 0
+        layer.lora_variant["default"]._write_merged(layer, "default", layer.get_base_layer().weight.data, merged)
+        torch.testing.assert_close(layer(x).T, merged, rtol=0.3, atol=0.2 * float(merged.abs().max()))
+        factors.append(row_scale(layer, "default", layer.update_factors("default")))
+    assert (factors[0] - 10).abs().max() < 0.1
+    for smaller, larger in itertools.pairwise(factors):
+        assert (larger >= 0.99 * smaller).all()
+    assert (factors[-1] <= 1024 * (1 + 1e-5)).all()
+    assert (factors[-1] > 500).all()
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)

@@ -40,6 +40,9 @@ from .rows import Rows, full_precision, matmul_rows, norm_dtype, row_blocks, row
 # A squared row norm below this has lost its precision to underflow: the row counts as zero.
 ZERO_ROW = 1e-30
 
+# Where W + ΔW nearly cancels, rounding moves n² by a few machine epsilons of ‖W‖². So n² counts as at least this many.
+ROUNDING = 8
+
 
 def squared_adapted_row_norm(
     weight: torch.Tensor | Rows, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor
@@ -53,8 +56,8 @@ def squared_adapted_row_norm(
     n² = ‖W‖² + rowsum((2 W Rᵀ + B R Rᵀ) ⊙ B),    R = c · E ⊙ A
     ```
 
-    Rounding can push the sum below zero where W + ΔW nearly cancels, so it is clamped. The result is a constant for
-    every kind of derivative, following section 4.3 of the DoRA paper.
+    Where W + ΔW nearly cancels, rounding decides the sum, so it is clamped as in [`clamp_cancelled`]. The result is a
+    constant for every kind of derivative, following section 4.3 of the DoRA paper.
 
     Args:
         weight (`torch.Tensor` or [`Rows`]): W (out, in), detached.
@@ -67,8 +70,17 @@ def squared_adapted_row_norm(
         left = lora_B.detach().to(dtype)
         product, base_norm = matmul_rows(weight, right)
         inner = torch.addmm(product, left, right @ right.T, beta=2)
-        squared_norm = torch.baddbmm(base_norm.square()[..., None], inner[:, None], left[..., None])
-    return squared_norm.squeeze(-1).clamp_min(0)
+        squared_base_norm = base_norm.square()
+        squared_norm = torch.baddbmm(squared_base_norm[..., None], inner[:, None], left[..., None])
+    return clamp_cancelled(squared_norm.squeeze(-1), squared_base_norm)
+
+
+def clamp_cancelled(squared_norm: torch.Tensor, squared_base_norm: torch.Tensor) -> torch.Tensor:
+    """
+    n² (out, 1), but at least `ROUNDING` machine epsilons of ‖W‖² (out, 1). In float32 n is then at least ‖W‖ / 1024,
+    so m / n stays bounded, without a jump, where the update cancels a row.
+    """
+    return torch.maximum(squared_norm, squared_base_norm * (ROUNDING * torch.finfo(squared_norm.dtype).eps))
 
 
 def magnitude_scale(magnitude: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
@@ -130,6 +142,8 @@ def merged_rows(
     right = lora_A.to(dtype) * scaled_E.to(dtype)
     for rows in row_blocks(weight):
         with full_precision(weight.device):
-            adapted = weight[rows].to(dtype) + lora_B[rows].to(dtype) @ right
-        scale = magnitude_scale(magnitude[rows], row_norm(adapted).square())
+            base = weight[rows].to(dtype)
+            adapted = base + lora_B[rows].to(dtype) @ right
+        squared_norm = clamp_cancelled(row_norm(adapted).square(), row_norm(base).square())
+        scale = magnitude_scale(magnitude[rows], squared_norm)
         yield rows, (adapted * scale).to(weight.dtype)

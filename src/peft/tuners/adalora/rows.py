@@ -134,7 +134,8 @@ def matmul_rows(weight: torch.Tensor | Rows, right: torch.Tensor) -> tuple[torch
         products = torch.mm(rows, parts.T, out_dtype=right.dtype)
         product = products[:, :rank] + products[:, rank:]
         return product if scale is None else product * scale.T, row_norm(rows)
-    padded = right if rank <= 4 else nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS))
+    pads = weight.device.type == "cpu" and rank > 4
+    padded = nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS)) if pads else right
     products, norms = zip(*((rows @ padded.T, row_norm(rows)) for rows in blockwise(weight)))
     return _cat(products)[:, :rank], _cat(norms)
 

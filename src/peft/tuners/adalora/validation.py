@@ -158,8 +158,9 @@ def check_allocation(tuner: Any, global_step: int) -> None:
     can_decide = global_step < last or (global_step == last and allocator.exp_avg_ipt)
     if config.use_dora_adaptive and not can_decide and not allocator.kept:
         raise ValueError(
-            f"`update_and_allocate({global_step})` finds no ranks to keep, because the budget phase ends at step {last} "
-            "and no call before has seen finite gradients; call it after each optimizer step, from the first one on."
+            f"`update_and_allocate({global_step})` finds no ranks to keep, because the budget phase ends at step "
+            f"{last} and no call before has seen finite gradients; call it after each optimizer step, from the first "
+            "one on."
         )
     if not config.use_dora_adaptive or allocator.exp_avg_ipt or global_step > last:
         return

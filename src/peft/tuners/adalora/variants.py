@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from peft.tuners.lora.layer import LoraVariant
 
 from .adadora import adapted_output, magnitude_scale, merged_rows, scale_output, squared_adapted_row_norm
-from .base_weight import base_row_norm, base_rows
+from .base_weight import base_row_norm, base_rows, onloaded
 from .cache import cached_scale
 from .rows import norm_dtype
 from .sharding import copy_full_, gather_full
@@ -45,14 +45,22 @@ class AdaDoraLinearVariant(LoraVariant):
 
     @staticmethod
     def init(module: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        """Give an adapter the magnitude m (out, 1), the row norm of W, in float32 (float64 for a float64 weight)."""
+        """
+        Give an adapter the magnitude m (out, 1) in float32 (float64 for a float64 weight): the row norm of W, or of
+        W + ΔW for an adapter that starts with an update (`init_lora_weights=False`), as in PEFT's DoRA.
+        """
         lora_E = module.lora_E[adapter_name]
         dtype = norm_dtype(module.get_base_layer().weight.dtype)
         if adapter_name not in module.lora_magnitude:
             magnitude = torch.empty(module.out_features, 1, dtype=dtype, device=lora_E.device)
             module.lora_magnitude[adapter_name] = nn.Parameter(magnitude, requires_grad=lora_E.requires_grad)
-        if not lora_E.is_meta:
-            copy_full_(module.lora_magnitude[adapter_name], base_row_norm(module))
+        if lora_E.is_meta:
+            return
+        norm, factors = base_row_norm(module), tuple(map(gather_full, module.update_factors(adapter_name)))
+        if factors[1].any():
+            with onloaded(module.get_base_layer()):
+                norm = squared_adapted_row_norm(base_rows(module), *factors).sqrt()
+        copy_full_(module.lora_magnitude[adapter_name], norm)
 
     @staticmethod
     def forward(
