@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AdaLoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
 
 
 X = torch.randn(13, 10, generator=torch.Generator().manual_seed(7))
@@ -467,7 +474,7 @@ class TestDtypes:
         expected = model(X)
         model = convert(model)
         dtype = model.base_model.model.first.get_base_layer().weight.dtype
-        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert {p.dtype for name, p in model.named_parameters() if "lora_magnitude" not in name} == {dtype}
         assert relative_error(model(X.to(dtype)), expected) < (1e-6 if dtype == torch.float64 else 2e-2)
 
     def test_an_adapter_of_a_model_on_the_meta_device_is_on_the_meta_device(self):
@@ -494,3 +501,67 @@ class TestDtypes:
         make_peft_mlp().save_pretrained(tmp_path)
         model = PeftModel.from_pretrained(make_mlp().to("meta"), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert {p.device.type for name, p in model.named_parameters() if "lora_" in name} == {"meta"}
+
+
+class TestCastsOfTheModel:
+    """A cast of the model is a cast of what it computes with; learned magnitudes keep their values."""
+
+    @pytest.mark.parametrize(
+        "cast",
+        [
+            lambda model: model.half(),
+            lambda model: model.bfloat16(),
+            lambda model: model.to(torch.bfloat16),
+            lambda model: model.to("cpu", torch.float16),
+            lambda model: model.bfloat16().float(),
+            lambda model: model.half().to(torch.bfloat16).double(),
+            lambda model: copy.deepcopy(model).bfloat16(),
+        ],
+    )
+    def test_magnitudes_keep_their_values(self, cast):
+        model = make_peft_mlp()
+        train(model)
+        before = {name: layer.lora_magnitude["default"].detach().clone() for name, layer in svd_layers(model).items()}
+        params = list(model.parameters())
+        cast_model = cast(model)
+        if cast_model is model:
+            assert all(one is other for one, other in zip(params, model.parameters()))
+        for name, layer in svd_layers(cast_model).items():
+            magnitude = layer.lora_magnitude["default"]
+            assert magnitude.dtype in (torch.float32, torch.float64)
+            assert torch.equal(magnitude.double(), before[name].double())
+            assert magnitude.requires_grad
+
+    def test_a_cast_model_saves_what_was_learned(self, tmp_path):
+        model = make_peft_mlp()
+        train(model)
+        expected = {key: value for key, value in get_peft_model_state_dict(model).items() if "magnitude" in key}
+        model.bfloat16().save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "adapter_model.safetensors")
+        assert expected
+        for key, value in expected.items():
+            assert torch.equal(weights[key], value)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_cast_model_computes_predicts_and_merges_in_its_dtype(self, dtype):
+        model = make_peft_mlp()
+        train(model)
+        expected = model(X)
+        model.to(dtype)
+        output = model(X.to(dtype))
+        merged = model.merge_and_unload()
+        assert output.dtype == merged.first.weight.dtype == dtype
+        assert relative_error(output, expected) < 2e-2
+        assert relative_error(merged(X.to(dtype)), expected) < 2e-2
+
+    def test_magnitudes_that_the_user_wants_in_low_precision_stay_so(self):
+        base = make_mlp(dtype=torch.bfloat16)
+        model = get_peft_model(base, make_config(target_modules=TARGETS), autocast_adapter_dtype=False)
+        assert all(layer.lora_magnitude["default"].dtype == torch.bfloat16 for layer in svd_layers(model).values())
+        assert all(m.lora_magnitude["default"].dtype == torch.float16 for m in svd_layers(model.half()).values())
+
+    def test_a_move_to_the_meta_device_moves_the_magnitudes(self):
+        model = make_peft_mlp().to("meta", torch.bfloat16)
+        assert all(param.is_meta for param in model.parameters())
+        model.to_empty(device="cpu")
+        assert not any(param.is_meta for param in model.parameters())

@@ -30,7 +30,7 @@ if is_bnb_available():
     class SVDLinear8bitLt(stock.SVDLinear8bitLt):
         """PEFT's 8-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
-        train = AdaLoraLayer.train
+        train, _apply = AdaLoraLayer.train, AdaLoraLayer._apply
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             adapter_name = self.adadora_adapter_in_use()
@@ -42,7 +42,7 @@ if is_bnb_4bit_available():
     class SVDLinear4bit(stock.SVDLinear4bit):
         """PEFT's 4-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
-        train = AdaLoraLayer.train
+        train, _apply = AdaLoraLayer.train, AdaLoraLayer._apply
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             adapter_name = self.adadora_adapter_in_use()

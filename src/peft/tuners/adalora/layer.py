@@ -15,7 +15,7 @@
 """PEFT's AdaLoRA layers with a magnitude for each AdaDoRA adapter, and with AdaDoRA as their variant."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -128,6 +128,15 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
     def train(self, mode: bool = True) -> "AdaLoraLayer":
         invalidate(self)  # as PEFT's DoRA does
         return nn.Module.train(self, mode)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "AdaLoraLayer":
+        """Moves and casts the layer. A cast to a lower precision than float32 leaves the magnitudes as they are."""
+        before = {name: magnitude.data for name, magnitude in self.lora_magnitude.items()}
+        nn.Module._apply(self, fn, recurse)
+        for name, magnitude in self.lora_magnitude.items():
+            if magnitude.dtype.itemsize < min(4, before[name].dtype.itemsize):
+                magnitude.data = before[name].to(magnitude.device)
+        return self
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """
