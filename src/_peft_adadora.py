@@ -14,7 +14,12 @@ import os
 import sys
 
 
-OVERLAID = ("peft.helpers", "peft.tuners.adalora", "peft.tuners.mixed.model")  # modules and packages of PEFT
+OVERLAID = (  # modules and packages of PEFT
+    "peft.helpers",
+    "peft.optimizers.lorafa",
+    "peft.tuners.adalora",
+    "peft.tuners.mixed.model",
+)
 TESTED_PEFT = ">=0.21.0,<0.22"
 
 

@@ -13,7 +13,8 @@ from typing import Any, Optional
 from _peft_adadora import TESTED_PEFT
 
 
-# SHA-256 of each file of PEFT that the overlay lies over. They are the same in peft 0.21.0, 0.21.1 and 0.21.2.
+# SHA-256 of each file of PEFT that the overlay lies over, but for LoRA-FA's, to which it only adds a refusal. They are
+# the same in peft 0.21.0, 0.21.1 and 0.21.2.
 TESTED_FILES = {
     "helpers.py": "b8d66e60246cc547122dd798fdf7c814ba1c48c2837e68c751164a54d87ac9dc",
     "tuners/adalora/__init__.py": "c493f7dbda463eaea6cd1abd093af6b19ee7e3e66bd0ac62995262e5c5e1fa82",

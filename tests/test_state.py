@@ -408,7 +408,10 @@ OTHER_USES = {
     "inject_adapter_in_model, unsupported": refused(
         NotImplementedError, lambda model, config: inject_adapter_in_model(config, Unsupported())
     ),
-    "add_adapter, a second in training": refused(ValueError, lambda model, config: add_to(model, "ref", config)),
+    "add_adapter, a frozen copy": lambda model, config: add_to(model, "ref", model.peft_config["default"]),
+    "add_adapter, a second in training": refused(
+        ValueError, lambda model, config: add_to(model, "ref", copy.copy(config))
+    ),
     "add_adapter, bad name": refused(ValueError, lambda model, config: add_to(model, "items", config)),
 }
 

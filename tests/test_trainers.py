@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import make_tokenizer
-from trainer_run import STEPS, make_adalora_config, make_llama
+from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaForSequenceClassification,
@@ -20,7 +20,7 @@ from transformers import (
     Trainer,
 )
 
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraCallback
 
 
@@ -153,3 +153,55 @@ def test_it_learns_prunes_and_resumes_bit_by_bit(make, tmp_path):
         resumed.train(resume_from_checkpoint=True)
         for key, value in adapter_of(trainer).items():
             assert torch.equal(adapter_of(resumed)[key], value), (step, key)
+
+
+PREFERENCES = [{**row, "chosen": words(1), "rejected": words(9)} for row in PROMPTS]
+COMPLETIONS = [{**row, "completion": words(index % 8), "label": index % 2 == 0} for index, row in enumerate(PROMPTS)]
+WITH_REFERENCE = {
+    "DPO": (PREFERENCES, {}),
+    "KTO": (COMPLETIONS, {}),
+    "GRPO": (PROMPTS, {"beta": 0.1, "num_generations": 4, "max_completion_length": 8}),
+}
+
+
+@pytest.mark.parametrize("is_pruned", [False, True], ids=["all ranks", "loaded pruned"])
+@pytest.mark.parametrize("method", WITH_REFERENCE)
+def test_a_model_that_has_its_adapter_is_trained_beside_a_frozen_copy_of_it(method, is_pruned, tmp_path):
+    """For these methods of TRL, which compare a model with what it was."""
+    trl = pytest.importorskip("trl")
+    pretrained = get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0))
+    optimizer = torch.optim.AdamW([param for param in pretrained.parameters() if param.requires_grad], lr=1e-2)
+    for step in range(STEPS):
+        pretrained(**{key: row[None] for key, row in RandomTokens()[step].items()}).loss.backward()
+        optimizer.step()
+        if is_pruned:
+            pretrained.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    pretrained.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter", is_trainable=True)
+    tokens = RandomTokens()[5]["input_ids"][None]
+    model.eval()
+    with torch.no_grad():
+        expected = model(tokens).logits
+
+    rows, options = WITH_REFERENCE[method]
+    trainer = getattr(trl, f"{method}Trainer")(
+        model=model,
+        args=getattr(trl, f"{method}Config")(str(tmp_path / "run"), **{**ARGUMENTS, "save_steps": 100, **options}),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+        callbacks=[] if is_pruned else [AdaLoraCallback()],
+        **({"reward_funcs": [different_words]} if method == "GRPO" else {}),
+    )
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    assert model.active_adapters == ["default"]
+    with torch.no_grad():
+        assert not torch.equal(model(tokens).logits, expected)
+        model.set_adapter("ref")
+        assert torch.equal(model(tokens).logits, expected)
+    # the copy can be saved and loaded as any adapter
+    model.save_pretrained(tmp_path / "both")
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "both" / "ref").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, expected)

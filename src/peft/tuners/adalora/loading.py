@@ -58,6 +58,13 @@ def keep_triplets(layer: nn.Module, adapter_name: str, kept: list[bool] | torch.
     layer.r[adapter_name] = len(indices)
 
 
+def copy_adapter(layer: nn.Module, source: str, adapter_name: str) -> None:
+    """Give an adapter the weights and the rank of another one of its layer."""
+    for part in WEIGHTS:
+        getattr(layer, part)[adapter_name].data = getattr(layer, part)[source].data.clone()
+    layer.r[adapter_name] = layer.r[source]
+
+
 def weights_to_save(
     weights: Weights, state_dict: Weights, model: nn.Module, config: AdaLoraConfig, adapter_name: str
 ) -> Weights:

@@ -90,6 +90,13 @@ class AdaLoraModel(stock.AdaLoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         self._check_unmerge()  # because injecting sets the active adapter, which unmerges
+        source = self._adapter_in_training()
+        if not config.use_dora_adaptive or adapter_name == source or config is not self.peft_config.get(source):
+            source = None
+        else:
+            # there can be no second trainable adapter; TRL's trainers ask in this way for a frozen reference
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            config.inference_mode = True
         if config.use_dora_adaptive:
             check_name(adapter_name)
             check_targets(self, model, config, kwargs.get("state_dict"))
@@ -106,7 +113,10 @@ class AdaLoraModel(stock.AdaLoraModel):
         if config.inference_mode and len(self.peft_config) > 1 and self._adadora_adapters():
             for param in trainable:
                 param.requires_grad_(True)  # PEFT freezes all parameters that have the name anywhere in theirs
-        if config.use_dora_adaptive and config.inference_mode:
+        if source is not None:
+            for layer in adapted_layers(model, source).values():
+                loading.copy_adapter(layer, source, adapter_name)
+        elif config.use_dora_adaptive and config.inference_mode:
             # transformers loads weights without asking for their ranks, so the layers need them from the start
             layers = adapted_layers(model, adapter_name)
             for key, kept in (config.rank_pattern or {}).items():
