@@ -373,6 +373,7 @@ class TestNamesOfAdapters:
         expected = model(X)
         assert_near(saved_and_loaded(model, tmp_path, name)(X), expected)
         assert_near(saved_and_loaded(model, tmp_path, name, load_as="layers")(X), expected)
+        assert_near(saved_and_loaded(model, tmp_path, name, load_as=name)(X), expected)
 
     @pytest.mark.parametrize("frozen", [*NAMES, "sft_ref", "sf", "t"])
     def test_a_frozen_adapter_beside_it_changes_nothing_and_stays_as_it_is(self, frozen, trained_alone, tmp_path):
@@ -438,7 +439,7 @@ class TestSavedIsLive:
                 model.eval()
                 other = reloaded(model, tmp_path / f"{step}")
                 assert_near(other(X), model(X))
-                pattern = model.peft_config["default"].rank_pattern
+                pattern = model.base_model.rankallocator.kept
                 allocated = sum(map(sum, pattern.values())) if pattern else 18
                 differed += live_ranks(model) > allocated
                 assert live_ranks(other) == live_ranks(model)

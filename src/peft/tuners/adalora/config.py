@@ -40,9 +40,6 @@ class AdaLoraConfig(stock.AdaLoraConfig):
     # No fields, so not saved. `AdaLoraCallback` sets this while the Trainer may write a checkpoint, which has pruned
     # triplets too, as zeros.
     saves_all_ranks = False
-    # The pattern of the last extracted state dict, until the next allocation. It also keeps pruned triplets that the
-    # optimizer has moved off zero.
-    saved_rank_pattern = None
 
     use_dora_adaptive: bool = field(
         default=False,
@@ -72,6 +69,6 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         AdaDoRA's also says `use_dora`, so that programs without AdaDoRA refuse the adapter instead of using it without
         its magnitudes.
         """
-        saved = {**super().to_dict(), "use_dora": self.use_dora or self.use_dora_adaptive}
-        rank_pattern = None if self.saves_all_ranks else self.saved_rank_pattern or saved["rank_pattern"]
-        return {**saved, "rank_pattern": rank_pattern}
+        rank_pattern = None if self.saves_all_ranks else self.rank_pattern
+        use_dora = self.use_dora or self.use_dora_adaptive
+        return {**super().to_dict(), "use_dora": use_dora, "rank_pattern": rank_pattern}

@@ -23,12 +23,11 @@ from .config import AdaLoraConfig
 from .importance import kept_triplets
 from .parameter_names import (
     DIM_OF_RANK,
+    PREFIX,
     WEIGHTS,
     adapted_layers,
-    key_of_E,
     layer_of_E,
     name_in_file,
-    part_of,
     unwrapped_name,
 )
 from .sharding import gather_full, has_master_copy, is_sharded
@@ -65,61 +64,53 @@ def copy_adapter(layer: nn.Module, source: str, adapter_name: str) -> None:
     layer.r[adapter_name] = layer.r[source]
 
 
-def weights_to_save(
-    weights: Weights, state_dict: Weights, model: nn.Module, config: AdaLoraConfig, adapter_name: str
-) -> Weights:
+def weights_to_save(state_dict: Weights, model: nn.Module, config: AdaLoraConfig, adapter_name: str) -> Weights:
     """
-    The weights to save by their names without wrappers, without pruned triplets. To the `weights` that PEFT finds in
-    `state_dict` it adds those of wrapped modules, and those that PEFT leaves out if another adapter is called like a
-    module.
+    The weights to save by their names without wrappers, without pruned triplets. The model gives those that
+    `state_dict` lacks, because another adapter is called like a module.
     """
-    given = {unwrapped_name(key): value for key, value in (*state_dict.items(), *weights.items())}
-    others = tuple(f".{name}" for name in model.peft_config if name != adapter_name)
-    exact = {unwrapped_name(key): value for key, value in weights.items() if not key.endswith(others)}
-    for name, layer in adapted_layers(model, adapter_name).items():
+    given = {unwrapped_name(key): value for key, value in state_dict.items()}
+    saved = {}
+    layers = adapted_layers(model, adapter_name)
+    for name, layer in layers.items():
         for part in WEIGHTS:
             key = f"{name}.{part}.{adapter_name}"
             if key in given:
-                exact[key] = given[key]
+                saved[key] = given[key]
             elif adapter_name in getattr(layer, part):
-                exact[key] = gather_full(getattr(layer, part)[adapter_name])
-    return without_pruned(exact, config, adapter_name)
+                saved[key] = gather_full(getattr(layer, part)[adapter_name])
+    kept = triplets_to_save({name: saved[f"{name}.lora_E.{adapter_name}"] for name in layers}, config, adapter_name)
+    for name, mask in kept.items():
+        indices = torch.as_tensor(mask).nonzero().view(-1)
+        for part, dim in DIM_OF_RANK.items():
+            key = f"{name}.{part}.{adapter_name}"
+            if saved[key].shape[dim] == len(mask) != len(indices):
+                saved[key] = saved[key].index_select(dim, indices.to(saved[key].device))
+    return saved
 
 
-def without_pruned(weights: Weights, config: AdaLoraConfig, adapter_name: str) -> Weights:
+def triplets_to_save(values_of_E: Weights, config: AdaLoraConfig, adapter_name: str) -> dict[str, list[bool]]:
     """
-    The weights to save, by their names in the model, without pruned triplets. E tells them for AdaDoRA, and the rank
-    pattern of the last allocation for plain AdaLoRA. As in PEFT, the pattern of `config` loses the adapter's name.
+    The kept triplets of each layer, or of none if all are saved. E (r, 1) of the layer tells them for AdaDoRA, and the
+    rank pattern of the last allocation for plain AdaLoRA. `config` gets them as its rank pattern, which loses the
+    adapter's name as in PEFT.
     """
-    pattern = {f"{layer_of_E(key, adapter_name)}.lora_E": kept for key, kept in (config.rank_pattern or {}).items()}
-    config.rank_pattern = pattern or config.rank_pattern
-    values_of_E = {key: value for key, value in weights.items() if part_of(key, adapter_name) == "lora_E"}
-
-    def key_of(key: str) -> str:
-        return key_of_E(layer_of_E(key, adapter_name))
-
-    kept = {}
     if config.saves_all_ranks:
-        pass
-    elif any(map(is_sharded, values_of_E.values())):
-        kept = {key: [True] * len(value) for key, value in values_of_E.items()}  # each process saves a part
+        return {}
+    pattern = {layer_of_E(key, adapter_name): mask for key, mask in (config.rank_pattern or {}).items()}
+    if any(map(is_sharded, values_of_E.values())):
+        kept = {name: [True] * len(value) for name, value in values_of_E.items()}  # each process saves a part
     elif config.use_dora_adaptive:
         kept = kept_triplets(values_of_E)
         if not pattern and not any(any(mask) and not all(mask) for mask in kept.values()):
             kept = {}  # pruning has not begun: a layer of zeros has got no gradient yet, as an expert without tokens
     else:
-        keys = {name: key for key in values_of_E for name in (key.removesuffix(f".{adapter_name}"), key_of(key))}
-        kept = {keys[name]: mask for name, mask in pattern.items() if name in keys}
+        inner_names = {name: name if name in pattern else name.removeprefix(PREFIX) for name in values_of_E}
+        kept = {name: pattern[inner] for name, inner in inner_names.items() if inner in pattern}
     if config.use_dora_adaptive and not (config.inference_mode and all(map(all, kept.values()))):
-        config.saved_rank_pattern = {key_of(key): mask for key, mask in kept.items()} or None
-    saved = dict(weights)
-    for key, mask in kept.items():
-        indices = torch.as_tensor(mask).nonzero().view(-1)
-        for part, dim in DIM_OF_RANK.items():
-            name = f"{layer_of_E(key, adapter_name)}.{part}.{adapter_name}"
-            if saved[name].shape[dim] == len(mask) != len(indices):
-                saved[name] = saved[name].index_select(dim, indices.to(saved[name].device))
-    return saved
+        pattern = {name.removeprefix(PREFIX): mask for name, mask in kept.items()}
+    config.rank_pattern = {f"{name}.lora_E": mask for name, mask in sorted(pattern.items())} or None
+    return kept
 
 
 def weights_to_load(
@@ -129,26 +120,19 @@ def weights_to_load(
     The weights to load by their names in the model, which gets their ranks, or they get its. Raises as
     [`check_loaded_weights`] and [`fit_ranks`]; nothing has changed then. `tuner` is the [`AdaLoraModel`], if any.
     """
-    weights, layers = by_file_name(weights, adapter_name), adapted_layers(model, adapter_name)
+    # until they are checked, both go by the names that a saved adapter has, without wrappers
+    weights = {name_in_file(key, adapter_name): value for key, value in weights.items()}
+    layers = {PREFIX + name.removeprefix(PREFIX): layer for name, layer in adapted_layers(model, adapter_name).items()}
     check_loaded_weights(weights, layers, config, adapter_name)
-    if not has_ranks_of(weights, layers, adapter_name):
+    rank_of_weights = {name: len(weights[f"{name}.lora_E"]) for name in layers if f"{name}.lora_E" in weights}
+    if any(rank != len(layers[name].lora_E[adapter_name]) for name, rank in rank_of_weights.items()):
         if config.use_dora_adaptive:
             weights = fit_ranks(weights, layers, adapter_name)
         elif config.rank_pattern is not None and tuner is not None:
             tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
         if getattr(tuner, "trainable_adapter_name", None) == adapter_name:
             tuner.rankallocator.reset_ipt()  # the averages belong to triplets in another order
-    return by_model_name(weights, model, adapter_name)
-
-
-def by_file_name(weights: Weights, adapter_name: str) -> Weights:
-    """Weights to load by the names that a saved adapter has, whatever prefix or wrappers are in theirs."""
-    return {name_in_file(unwrapped_name(key), adapter_name): value for key, value in weights.items()}
-
-
-def by_model_name(weights: Weights, model: nn.Module, adapter_name: str) -> Weights:
-    """Weights to load by the names in the state dict of the model, which has the names of wrappers."""
-    names = {name_in_file(unwrapped_name(key), adapter_name): key for key in model.state_dict()}
+    names = {name_in_file(key, adapter_name): key for key in model.state_dict()}
     return {names.get(key, key): value for key, value in weights.items()}
 
 
@@ -164,7 +148,7 @@ def check_loaded_weights(
             AdaLoRA; here, they must have no magnitude.
     """
     if not config.use_dora_adaptive:
-        for key in (key for key in weights if part_of(key, adapter_name) == "lora_magnitude"):
+        for key in (key for key in weights if key.endswith(".lora_magnitude")):
             raise ValueError(
                 f"The weights of the adapter have {key!r} but its config does not say `use_dora_adaptive=True`, so it "
                 "would be used without its magnitudes."
@@ -172,15 +156,14 @@ def check_loaded_weights(
         return
     shapes = {}
     for name, layer in layers.items():
-        of_layer = {part: name_in_file(f"{name}.{part}", adapter_name) for part in WEIGHTS}
         lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        rank = len(weights.get(of_layer["lora_E"], lora_A))
-        shapes[of_layer["lora_magnitude"]] = (len(lora_B), 1)
-        shapes[of_layer["lora_E"]] = (rank, 1)
-        shapes[of_layer["lora_A"]] = (rank, lora_A.shape[1])
-        shapes[of_layer["lora_B"]] = (len(lora_B), rank)
+        rank = len(weights.get(f"{name}.lora_E", lora_A))
+        shapes[f"{name}.lora_magnitude"] = (len(lora_B), 1)
+        shapes[f"{name}.lora_E"] = (rank, 1)
+        shapes[f"{name}.lora_A"] = (rank, lora_A.shape[1])
+        shapes[f"{name}.lora_B"] = (len(lora_B), rank)
     for key in weights.keys() - shapes.keys():
-        if part_of(key, adapter_name).startswith("lora_"):
+        if key.rpartition(".")[2].startswith("lora_"):
             raise ValueError(f"The weights of the adapter have {key!r}, for which the model has no place.")
     for key, shape in shapes.items():
         if key not in weights:
@@ -192,13 +175,6 @@ def check_loaded_weights(
             )
         if not torch.isfinite(weights[key]).all():
             raise ValueError(f"{key!r} in the weights of the adapter is not finite.")
-
-
-def has_ranks_of(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> bool:
-    """Whether an adapter has the ranks of the weights that are loaded into it."""
-    ranks = {name: len(layer.lora_E[adapter_name]) for name, layer in layers.items()}
-    names = {name: name_in_file(f"{name}.lora_E", adapter_name) for name in layers}
-    return all(len(weights[key]) == ranks[name] for name, key in names.items() if key in weights)
 
 
 def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> Weights:
@@ -214,18 +190,18 @@ def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str)
     in_training = _is_in_training(layers, adapter_name)
     fitted = dict(weights)
     for name, layer in layers.items():
-        rank, live_rank = len(weights[name_in_file(f"{name}.lora_E", adapter_name)]), len(layer.lora_E[adapter_name])
+        rank, live_rank = len(weights[f"{name}.lora_E"]), len(layer.lora_E[adapter_name])
         if rank > live_rank and in_training:
             raise ValueError(
                 f"The weights of {name!r} have rank {rank}, but the adapter in training has rank {live_rank}; load "
                 "them into a new adapter."
             )
         for part, dim in DIM_OF_RANK.items() if rank < live_rank and in_training else ():
-            key, live = name_in_file(f"{name}.{part}", adapter_name), gather_full(getattr(layer, part)[adapter_name])
+            key, live = f"{name}.{part}", gather_full(getattr(layer, part)[adapter_name])
             rest = live.narrow(dim, rank, live_rank - rank).to(weights[key])
             fitted[key] = torch.cat([weights[key], torch.zeros_like(rest) if part == "lora_E" else rest], dim)
     for name, layer in layers.items() if not in_training else ():
-        set_rank(layer, adapter_name, len(weights[name_in_file(f"{name}.lora_E", adapter_name)]))
+        set_rank(layer, adapter_name, len(weights[f"{name}.lora_E"]))
     return fitted
 
 

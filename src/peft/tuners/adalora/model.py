@@ -33,7 +33,7 @@ from .cache import generation
 from .config import AdaLoraConfig
 from .layer import AdaLoraLayer, RankAllocator
 from .merging import check_merge
-from .parameter_names import adapted_layers, layer_of_E
+from .parameter_names import adapted_layers, layer_of_E, unwrapped_name
 from .quantized import learn_how_to_quantize
 from .regularization import add_orthogonality_loss
 from .sharding import is_sharded
@@ -104,7 +104,7 @@ class AdaLoraModel(stock.AdaLoraModel):
             check_options(config, adapter_name)
             # a copy, because the config may serve other models; without the ranks of another adapter
             config = self.peft_config[adapter_name] = copy.copy(config)
-            config.rank_pattern = config.saved_rank_pattern = None
+            config.rank_pattern = None
         trainable = [param for param in self.model.parameters() if param.requires_grad]
         with warnings.catch_warnings():
             # the keys of AdaLoRA's pattern name E, not the module, so PEFT says that it ignores them
@@ -193,7 +193,6 @@ class AdaLoraModel(stock.AdaLoraModel):
         """
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
-        config.saved_rank_pattern = None
         last = config.total_step - config.tfinal
         if global_step > last:
             config.rank_pattern = self.rankallocator.kept or config.rank_pattern
@@ -229,10 +228,10 @@ class AdaLoraModel(stock.AdaLoraModel):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        unpruned = copy.copy(config)
-        unpruned.rank_pattern = None  # PEFT's pruning knows neither exact names nor adapters that were injected
-        weights = super()._get_adapter_state_dict(model, unpruned, adapter_name, state_dict, unwanted_adapter_names)
-        return loading.weights_to_save(weights, state_dict, model, config, adapter_name)
+        # not PEFT's implementation, which knows neither exact names, nor wrappers, nor adapters that were injected
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
+        weights = loading.weights_to_save(state_dict, model, config, adapter_name)
+        return {**{unwrapped_name(key): value for key, value in biases.items()}, **weights}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -48,19 +48,12 @@ def layer_of_E(key: str, adapter_name: str) -> str:
     return key.removesuffix(f".{adapter_name}").removesuffix(".lora_E")
 
 
-def key_of_E(layer_name: str) -> str:
-    """The key of a layer in a saved rank pattern, which has no adapter name."""
-    return f"{layer_name.removeprefix(PREFIX)}.lora_E"
-
-
-def part_of(key: str, adapter_name: str) -> str:
-    """The part of its layer that a weight is, such as `lora_A`."""
-    return key.removesuffix(f".{adapter_name}").rpartition(".")[2]
-
-
 def name_in_file(key: str, adapter_name: str) -> str:
     """The name of a weight in a saved adapter, given its name in the model."""
-    return PREFIX + key.removeprefix(PREFIX).removesuffix(f".{adapter_name}")
+    # an adapter may be called like a part of a layer
+    has_adapter_name = key.endswith(tuple(f".{part}.{adapter_name}" for part in WEIGHTS))
+    name = PREFIX + unwrapped_name(key).removeprefix(PREFIX)
+    return name.removesuffix(f".{adapter_name}") if has_adapter_name else name
 
 
 def layers_of_state_dict(state_dict: dict, prefix: str) -> set[str]:
