@@ -15,7 +15,7 @@
 """PEFT's AdaLoRA layers with a magnitude for each AdaDoRA adapter, and with AdaDoRA as their variant."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -86,21 +86,10 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
         if adapter_name not in self.lora_magnitude:
             return super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         magnitude = self.lora_magnitude[adapter_name]
-        with self.preserve_requires_grad(adapter_name):
+        with preserve_requires_grad([self], adapter_name):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         # PEFT has cast it to the dtype of the weight
         self.lora_magnitude[adapter_name] = _on_device(magnitude, self.lora_magnitude[adapter_name].device)
-
-    @contextmanager
-    def preserve_requires_grad(self, adapter_name: str) -> Iterator[None]:
-        """A context in which PEFT may cast an adapter: it makes trained parameters of all that it casts."""
-        parts = (self.lora_A, self.lora_E, self.lora_B, self.ranknum)
-        requires_grad = [part[adapter_name].requires_grad for part in parts]
-        try:
-            yield
-        finally:
-            for part, was_trained in zip(parts, requires_grad):
-                part[adapter_name].requires_grad_(was_trained)
 
     def reset_lora_parameters(self, adapter_name: str) -> None:
         super().reset_lora_parameters(adapter_name)
@@ -187,6 +176,16 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
 def _on_device(param: nn.Parameter, device: torch.device) -> nn.Parameter:
     """The parameter itself if it is on the device, or else a copy there."""
     return param if param.device == device else nn.Parameter(param.detach().to(device), param.requires_grad)
+
+
+@contextmanager
+def preserve_requires_grad(layers: Iterable[AdaLoraLayer], adapter_name: str) -> Iterator[None]:
+    """A context in which PEFT may cast an adapter: it makes trained parameters of all that it casts."""
+    parts = [part for layer in layers for part in (layer.lora_A, layer.lora_E, layer.lora_B, layer.ranknum)]
+    requires_grad = [part[adapter_name].requires_grad for part in parts]
+    yield
+    for part, was_trained in zip(parts, requires_grad):
+        part[adapter_name].requires_grad_(was_trained)
 
 
 class SVDLinear(AdaLoraLayer, stock.SVDLinear):

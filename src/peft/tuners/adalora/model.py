@@ -17,7 +17,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Optional
 
@@ -31,7 +31,7 @@ from . import stock_model as stock
 from .base_weight import onloaded
 from .cache import generation
 from .config import AdaLoraConfig
-from .layer import AdaLoraLayer, RankAllocator
+from .layer import AdaLoraLayer, RankAllocator, preserve_requires_grad
 from .merging import check_merge
 from .parameter_names import adapted_layers, layer_of_E, unwrapped_name
 from .quantized import learn_how_to_quantize
@@ -142,9 +142,7 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         layers = [layer for layer in self._layers() if adapter_name in layer.lora_magnitude]
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(layer.preserve_requires_grad(adapter_name))
+        with preserve_requires_grad(layers, adapter_name):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         for layer in layers if not autocast_adapter_dtype else ():
             magnitude = layer.lora_magnitude[adapter_name]
