@@ -19,8 +19,7 @@ by one.
 """
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
@@ -37,33 +36,12 @@ from peft.utils.quantization_utils import (
 )
 
 from .base_weight import base_row_norm, has_computed_weight
+from .rows import Rows
 from .sharding import gather_full
 
 
 # torchao's weights that give single rows to dequantize
 TORCHAO_WEIGHTS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
-
-
-@dataclass
-class QuantizedRows:
-    """
-    A quantized weight, of which indexing with a slice dequantizes a block of rows.
-
-    Args:
-        shape (`torch.Size`): (out, in).
-        dtype (`torch.dtype`): That of the dequantized values.
-        device (`torch.device`): Where the weight is.
-        dequantize (`Callable`): Gives the rows from one index to another, of shape (rows, in).
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    dequantize: Callable[[int, int], torch.Tensor]
-
-    def __getitem__(self, rows: slice) -> torch.Tensor:
-        start, stop, _ = rows.indices(self.shape[0])
-        return self.dequantize(start, stop)
 
 
 def resolve_backend(base_layer: nn.Module) -> Optional[QuantizationBackend]:
@@ -110,7 +88,7 @@ def upcast_magnitudes(module: nn.Module) -> None:
 class RowsOf8bit(Bnb8bitBackend):
     """8-bit weights of bitsandbytes: an integer for each value, and a scale for each row."""
 
-    def get_base_rows(self, base_layer: nn.Module) -> torch.Tensor | QuantizedRows:
+    def get_base_rows(self, base_layer: nn.Module) -> torch.Tensor | Rows:
         weight = base_layer.weight
         if weight.dtype != torch.int8:
             return weight.detach()  # not yet: bitsandbytes quantizes when a weight moves to a device
@@ -120,7 +98,7 @@ class RowsOf8bit(Bnb8bitBackend):
         def dequantize(start: int, stop: int) -> torch.Tensor:
             return weight.data[start:stop] * (row_max[start:stop].to(weight.device, torch.float32).view(-1, 1) / 127)
 
-        return QuantizedRows(weight.shape, torch.float32, weight.device, dequantize)
+        return Rows(weight.shape, torch.float32, weight.device, dequantize)
 
 
 class RowsOf4bit(Bnb4bitBackend):
@@ -129,7 +107,7 @@ class RowsOf4bit(Bnb4bitBackend):
     def get_base_weight(self, base_layer: nn.Module) -> torch.Tensor:
         return self.get_base_rows(base_layer)[:]  # of packed ones, too
 
-    def get_base_rows(self, base_layer: nn.Module) -> torch.Tensor | QuantizedRows:
+    def get_base_rows(self, base_layer: nn.Module) -> torch.Tensor | Rows:
         from bitsandbytes import functional as bnb
 
         weight = base_layer.weight
@@ -169,7 +147,7 @@ class RowsOf4bit(Bnb4bitBackend):
             values = bnb.dequantize_4bit(packed[first * size // 2 : -(-end // 2)], part).view(-1)
             return values[start * in_features - first * size :][: (stop - start) * in_features].view(-1, in_features)
 
-        return QuantizedRows(state.shape, dtype, packed.device, dequantize)
+        return Rows(state.shape, dtype, packed.device, dequantize)
 
 
 class RowsOfTorchao(TorchaoBackend):
@@ -178,7 +156,7 @@ class RowsOfTorchao(TorchaoBackend):
     it, or nobody (`None`).
     """
 
-    def get_base_rows(self, base_layer: nn.Module) -> QuantizedRows:
+    def get_base_rows(self, base_layer: nn.Module) -> Rows:
         weight: Any = base_layer.weight
 
         def dequantize(start: int, stop: int) -> torch.Tensor:
@@ -192,4 +170,4 @@ class RowsOfTorchao(TorchaoBackend):
             with torch.inference_mode(False), torch._C._DisableFuncTorch():
                 return weight[start:stop].dequantize().detach()
 
-        return QuantizedRows(weight.shape, weight.dtype, weight.device, dequantize)
+        return Rows(weight.shape, weight.dtype, weight.device, dequantize)

@@ -18,9 +18,9 @@ On a CPU, and for quantized weights, both come from one block of rows at a time,
 multiplies bfloat16 and float16 into float32 by itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -40,14 +40,18 @@ EXPONENT_BITS = 0x7F800000
 LEADING_BITS = {torch.bfloat16: -(2**16), torch.float16: -(2**13)}
 
 
-class Rows(Protocol):
-    """A weight of shape (out, in) that gives its rows block by block, such as a quantized one."""
+@dataclass
+class Rows:
+    """A quantized weight of `shape` (out, in), on `device`. `rows[start:stop]` are `dequantize(start, stop)`."""
 
     shape: torch.Size
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the dequantized values
     device: torch.device
+    dequantize: Callable[[int, int], torch.Tensor]
 
-    def __getitem__(self, rows: slice) -> torch.Tensor: ...
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.dequantize(start, stop)
 
 
 def row_blocks(weight: torch.Tensor | Rows) -> Iterator[slice]:
