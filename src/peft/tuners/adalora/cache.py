@@ -69,13 +69,9 @@ def invalidate(layer: nn.Module) -> None:
 def cached_scale(
     layer: nn.Module, adapter_name: str, params: list[torch.Tensor], compute: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
-    """`compute()`, which is m / n of a layer, from the cache if there is one and nothing has changed.
-
-    Args:
-        layer (`nn.Module`): The adapted layer.
-        adapter_name (`str`): Its active adapter.
-        params (`list[torch.Tensor]`): The parameters of the adapter. Nothing is cached if they need gradients.
-        compute (`Callable`): Computes m / n from `params` and the base weight.
+    """
+    `compute()`, which is m / n of a layer, from the cache if there is one and nothing has changed. `params` are all
+    parameters of the active adapter. Nothing is cached if they need gradients.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or (cache := _cache.get()) is None:
         return compute()

@@ -20,13 +20,12 @@ from typing import Optional
 
 import torch
 from torch import nn
-from torch.distributed.tensor import distribute_tensor
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 
 from .base_weight import base_weight, has_computed_weight, onloaded
-from .sharding import is_partitioned
+from .sharding import copy_full_, is_partitioned, is_sharded
 
 
 def adapter_to_merge(layer: nn.Module, adapter_names: Optional[list[str]]) -> Optional[str]:
@@ -102,8 +101,8 @@ def overwrite_base_weight(layer: nn.Module, values: torch.Tensor) -> None:
     weight = layer.get_base_layer().weight
     if layer.quantization_backend is not None:
         layer.set_base_weight(values)
-    elif hasattr(weight, "full_tensor"):
-        weight.copy_(distribute_tensor(values, weight.device_mesh, weight.placements, src_data_rank=None))
+    elif is_sharded(weight):
+        copy_full_(weight, values)
     elif not fills_storage(weight):
         weight.data = values
     elif values.data_ptr() != weight.data_ptr():

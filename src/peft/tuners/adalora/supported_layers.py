@@ -56,21 +56,13 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: Optional[bool] = None) -> None:
     """
-    Check that a module can have a magnitude.
-
-    Args:
-        module (`nn.Module`):
-            The module to adapt.
-        name (`str`, *optional*):
-            The path of the module, for the error message.
-        fan_in_fan_out (`bool`, *optional*):
-            Whether the weight is stored as (in, out). Not checked if `None`.
+    Check that a module, called `name` in the message, can have a magnitude.
 
     Raises:
         `NotImplementedError`:
             If the module is not an `nn.Linear`, a `Conv1D` of transformers, an `nn.Conv2d`, or a linear layer whose
-            weight PEFT can dequantize; if it has a forward pass of its own, or a computed weight; or if
-            `fan_in_fan_out` is wrong.
+            weight PEFT can dequantize; if it has a forward pass of its own, or a computed weight; or if its weight is
+            not stored as `fan_in_fan_out` says, (in, out) or (out, in).
     """
     where = f"module {name!r}" if name else "the given module"
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
