@@ -124,8 +124,8 @@ def weights_to_load(
     weights = {name_in_file(key, adapter_name): value for key, value in weights.items()}
     layers = {PREFIX + name.removeprefix(PREFIX): layer for name, layer in adapted_layers(model, adapter_name).items()}
     check_loaded_weights(weights, layers, config, adapter_name)
-    rank_of_weights = {name: len(weights[f"{name}.lora_E"]) for name in layers if f"{name}.lora_E" in weights}
-    if any(rank != len(layers[name].lora_E[adapter_name]) for name, rank in rank_of_weights.items()):
+    live_E = {f"{name}.lora_E": layer.lora_E[adapter_name] for name, layer in layers.items()}
+    if any(len(weights.get(key, lora_E)) != len(lora_E) for key, lora_E in live_E.items()):
         if config.use_dora_adaptive:
             weights = fit_ranks(weights, layers, adapter_name)
         elif config.rank_pattern is not None and tuner is not None:
@@ -187,30 +187,30 @@ def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str)
     Raises:
         `ValueError`: If an adapter in training has too few ranks; nothing has changed then.
     """
-    in_training = _is_in_training(layers, adapter_name)
+    if not _is_in_training(layers, adapter_name):
+        for name, layer in layers.items():
+            set_rank(layer, adapter_name, len(weights[f"{name}.lora_E"]))
+        return weights
     fitted = dict(weights)
     for name, layer in layers.items():
         rank, live_rank = len(weights[f"{name}.lora_E"]), len(layer.lora_E[adapter_name])
-        if rank > live_rank and in_training:
+        if rank > live_rank:
             raise ValueError(
                 f"The weights of {name!r} have rank {rank}, but the adapter in training has rank {live_rank}; load "
                 "them into a new adapter."
             )
-        for part, dim in DIM_OF_RANK.items() if rank < live_rank and in_training else ():
+        for part, dim in DIM_OF_RANK.items():
             key, live = f"{name}.{part}", gather_full(getattr(layer, part)[adapter_name])
             rest = live.narrow(dim, rank, live_rank - rank).to(weights[key])
             fitted[key] = torch.cat([weights[key], torch.zeros_like(rest) if part == "lora_E" else rest], dim)
-    for name, layer in layers.items() if not in_training else ():
-        set_rank(layer, adapter_name, len(weights[f"{name}.lora_E"]))
     return fitted
 
 
 def _is_in_training(layers: dict[str, nn.Module], adapter_name: str) -> bool:
     """Whether the parameters of an adapter have to keep their shapes, because an optimizer has trained them."""
-    values_of_E = [layer.lora_E[adapter_name] for layer in layers.values()]
     return any(
         is_sharded(lora_E)
         or has_master_copy(lora_E)
         or (lora_E.requires_grad and not lora_E.is_meta and bool(lora_E.any()))
-        for lora_E in values_of_E
+        for lora_E in (layer.lora_E[adapter_name] for layer in layers.values())
     )
