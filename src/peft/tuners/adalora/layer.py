@@ -97,8 +97,7 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
             self.lora_variant[adapter_name].init(self, adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        check_sole_adapter([name for name in names if name in self.lora_A], self.lora_magnitude)
+        self.adadora_adapter([adapter_names] if isinstance(adapter_names, str) else adapter_names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def adadora_adapter(self, adapter_names: list[str]) -> Optional[str]:

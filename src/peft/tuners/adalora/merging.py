@@ -87,8 +87,7 @@ def check_merge(
     model: nn.Module, layers: list[nn.Module], adapter_names: Optional[list[str]], safe_merge: bool
 ) -> None:
     """Raise as `merge` of one of the layers would, and a `NotImplementedError` if it would change others as well."""
-    to_merge = {layer: adapter_to_merge(layer, adapter_names) for layer in layers}
-    to_merge = {layer: adapter_name for layer, adapter_name in to_merge.items() if adapter_name is not None}
+    to_merge = {layer: name for layer in layers if (name := adapter_to_merge(layer, adapter_names)) is not None}
     check_not_tied(model, list(to_merge))
     for layer, adapter_name in to_merge.items() if safe_merge else ():
         with onloaded(layer.get_base_layer()):

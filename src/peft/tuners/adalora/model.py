@@ -84,8 +84,8 @@ class AdaLoraModel(stock.AdaLoraModel):
     def _adadora_adapters(self) -> list[str]:
         return [name for name, config in self.peft_config.items() if config.use_dora_adaptive]
 
-    def _layers(self) -> Iterator[AdaLoraLayer]:
-        return (module for module in self.model.modules() if isinstance(module, AdaLoraLayer))
+    def _layers(self) -> list[AdaLoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, AdaLoraLayer)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
@@ -170,7 +170,7 @@ class AdaLoraModel(stock.AdaLoraModel):
             layer.check_unmerge()
 
     def merge_adapter(self, adapter_names: Optional[list[str]] = None, safe_merge: bool = False) -> None:
-        check_merge(self.model, list(self._layers()), adapter_names, safe_merge)
+        check_merge(self.model, self._layers(), adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -179,8 +179,7 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
-            safe_merge = kwargs.get("safe_merge", False)
-            check_merge(self.model, list(self._layers()), kwargs.get("adapter_names"), safe_merge)
+            check_merge(self.model, self._layers(), kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
         return super()._unload_and_optionally_merge(merge=merge, **kwargs)
 
     def update_and_allocate(self, global_step: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
