@@ -34,6 +34,7 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from peft.optimizers import create_lorafa_optimizer
 
 
 X, TARGET = (torch.randn(32, size, generator=torch.Generator().manual_seed(size)) for size in (10, 4))
@@ -452,6 +453,27 @@ def takes_no_fast_path(adapters: Adapters) -> bool:
     in_training = model.train()(x)
     with torch.no_grad():
         return is_close(model.eval()(x), in_training)
+
+
+@row(
+    "an adapter that is added with the config of the one in training, as by TRL's DPO, KTO and GRPO trainers",
+)
+def copies_a_reference(adapters: Adapters) -> bool:
+    model = trained_by_hand(adapters.fresh())
+    expected = model(X)
+    model.add_adapter("ref", model.peft_config["default"])
+    train(model)
+    model.set_adapter("ref")
+    return torch.equal(model.eval()(X), expected)
+
+
+@row("`create_lorafa_optimizer`")
+def trains_with_lorafa(adapters: Adapters) -> bool:
+    model = adapters.fresh()
+    optimizer = create_lorafa_optimizer(model, r=6, lora_alpha=12, lr=1e-3)
+    model(X).sum().backward()
+    optimizer.step()
+    return True
 
 
 @row("an adapter name that torch forbids, such as `keys` or `a.b`")
