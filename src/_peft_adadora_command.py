@@ -128,7 +128,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         result = read_report(options.path, options.base_model)
         print(result, flush=True)
         if options.output:
-            from peft_adadora.pictures import write
+            from peft_adadora.page import write
 
             print(f"\nWritten: {write(result, options.output)}", flush=True)
         return 0

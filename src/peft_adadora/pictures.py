@@ -1,16 +1,12 @@
-"""Draw a report with matplotlib, and write its pictures and a page that holds them."""
+"""Draw a report with matplotlib."""
 
-import base64
 import math
 import os
 import re
-from html import escape
-from pathlib import Path
-from string import Template
 
 import numpy
 
-from .report import Report, as_text, summary, tables
+from .report import Report
 
 
 try:
@@ -23,21 +19,6 @@ except ModuleNotFoundError as error:
 
 NARROW, WIDE = 6, 10  # inches; a phone can show the labels of a narrow figure
 MAX_LABELED_LAYERS = 40  # cells of more layers have no room for numbers
-
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>$title</title>
-<style>
-:root { color-scheme: light dark; }
-body { max-width: 1100px; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui; overflow-wrap: anywhere; }
-img { max-width: 100%; height: auto; margin: 1rem 0; }
-pre { max-height: 32rem; overflow: auto; margin: 2rem 0; font-size: 14px; }
-@media (prefers-color-scheme: dark) { body { background: black; color: white; } }
-</style>
-<h1>$title</h1>
-$body
-""")
-PICTURE = '<picture><source media="(prefers-color-scheme: dark)" srcset="{1}"><img src="{0}" alt="{2}"></picture>'
 
 
 def figures(report: Report, dark: bool = False) -> dict[str, Figure]:
@@ -59,7 +40,7 @@ def _ranks(report: Report) -> Figure:
     layers, names = (list(dict.fromkeys(parts)) for parts in zip(*(_place(module.name) for module in report.modules)))
     init_r = report.config["init_r"]
     figure = Figure((min(WIDE, max(NARROW, 4 + len(layers) / 4)), 2 + 0.32 * len(names)), layout="constrained")
-    figure.suptitle(f"Ranks kept, of {init_r}; cells without a color have no adapter")
+    figure.suptitle(f"Ranks kept, of {init_r}\n(cells without a color have no adapter)")
     axes = figure.subplots()
     cells = numpy.full((len(names), len(layers)), numpy.nan)
     for module in report.modules:
@@ -123,21 +104,3 @@ def _budget(report: Report) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def write(report: Report, folder: str | Path) -> Path:
-    """Write the page `report.html`, and each figure as `<name>.png` and `<name>-dark.png`. Returns the page's path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    title, *sentences = map(escape, summary(report))
-    body = [f"<p>{sentence}</p>" for sentence in sentences]
-    for (name, light), dark in zip(figures(report).items(), figures(report, dark=True).values()):
-        sources = []
-        for figure, file in ((light, folder / f"{name}.png"), (dark, folder / f"{name}-dark.png")):
-            figure.savefig(file, dpi=150)
-            sources.append("data:image/png;base64," + base64.b64encode(file.read_bytes()).decode())
-        body.append(PICTURE.format(*sources, escape(light.get_suptitle())))
-    body += [f"<pre>{escape(as_text(table))}</pre>" for table in tables(report)]
-    page = folder / "report.html"
-    page.write_text(PAGE.substitute(title=title, body="\n".join(body)), encoding="utf-8")
-    return page
