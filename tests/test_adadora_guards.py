@@ -1,10 +1,13 @@
 """What AdaDoRA refuses: one clear error, and nothing has changed."""
 
+import functools
+
 import pytest
 import torch
 from helpers import TARGETS, make_config, make_layer, make_mlp, make_peft_mlp, parameter_bytes, svd_layers, train
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import SVDConv2d, SVDLinear
@@ -287,3 +290,23 @@ class TestCheckpoints:
 def test_a_lora_config_is_none_of_our_business():
     model = get_peft_model(make_mlp(), LoraConfig(r=2, use_dora=True, target_modules=list(TARGETS)))
     torch.testing.assert_close(model(X), make_mlp()(X))
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_a_forward_pass_that_is_a_partial_function_is_refused_with_its_path(keywords):
+    base = make_mlp()
+    arguments = {"weight": base.middle.weight} if keywords else {}
+    base.middle.forward = functools.partial(nn.functional.linear if keywords else base.middle.forward, **arguments)
+    with pytest.raises(NotImplementedError, match="forward pass of module 'middle'"):
+        get_peft_model(base, make_config(target_modules=TARGETS))
+    assert type(base.first) is nn.Linear
+
+
+def test_merging_replicated_layers_says_what_is_possible():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    model = get_peft_model(base, make_config(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
+    with pytest.raises(NotImplementedError, match="with `layer_replication`, use the adapter unmerged"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in svd_layers(model).values())

@@ -278,7 +278,17 @@ class TestAfterTraining:
         model.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         assert torch.equal(logits_of(model), logits_of(trained))
 
-    def test_the_model_card_names_the_method(self, saved):
-        card = ModelCard.load(saved / "README.md").data
-        assert card.library_name == "peft"
-        assert "adadora" in card.tags
+    def test_the_model_card_names_the_method_and_says_once_what_it_needs(self, saved, trained, tmp_path):
+        card = ModelCard.load(saved / "README.md")
+        assert card.data.library_name == "peft"
+        assert "adadora" in card.data.tags
+        assert card.text.count("needs PEFT with AdaDoRA (the package `peft-adadora`)") == 1
+        assert "merge_and_unload()" in card.text
+        trained.save_pretrained(tmp_path)
+        once = (tmp_path / "README.md").read_text()
+        trained.save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text() == once
+
+    def test_the_model_card_of_plain_adalora_is_pefts(self, tmp_path):
+        get_peft_model(make_llama(), make_adalora_config(use_dora_adaptive=False)).save_pretrained(tmp_path)
+        assert "AdaDoRA" not in (tmp_path / "README.md").read_text()

@@ -15,9 +15,21 @@
 """PEFT's AdaLoRA configuration with AdaDoRA's flag."""
 
 from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 from . import stock_config as stock
+
+
+CARD_SECTION = """## AdaDoRA
+
+This adapter needs PEFT with AdaDoRA (the package `peft-adadora`). To use it without, merge it where AdaDoRA is installed:
+
+```python
+model = PeftModel.from_pretrained(base_model, "path/or/name/of/this/adapter").merge_and_unload()
+model.save_pretrained("merged")
+```
+"""
 
 
 @dataclass
@@ -61,6 +73,15 @@ class AdaLoraConfig(stock.AdaLoraConfig):
                 "ADALORA does not support DoRA through `use_dora=True`; set `use_dora_adaptive=True` instead."
             )
         super().__post_init__()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's method. A model card in the folder gets a section on how to use an AdaDoRA adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if self.use_dora_adaptive and card.is_file():
+            text = card.read_text(encoding="utf-8")
+            if CARD_SECTION not in text:
+                card.write_text(f"{text.rstrip()}\n\n{CARD_SECTION}", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """

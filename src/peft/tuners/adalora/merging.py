@@ -137,7 +137,7 @@ def check_not_tied(model: nn.Module, layers: list[nn.Module]) -> None:
                 raise NotImplementedError(
                     f"The base weight of {names[id(layer)]!r} also belongs to {names[id(module)] or 'the model'!r}, "
                     "which merging would change as well; give the layer a weight of its own before the adapter is "
-                    "added."
+                    "added, or, with `layer_replication`, use the adapter unmerged."
                 )
 
 
