@@ -23,13 +23,12 @@ from . import stock_config as stock
 
 CARD_SECTION = """## AdaDoRA
 
-This adapter needs PEFT with AdaDoRA (the package `peft-adadora`). To use it without, merge it where AdaDoRA is installed:
+This adapter needs PEFT with AdaDoRA (the package `peft-adadora`). To use it elsewhere, merge it first:
 
 ```python
 model = PeftModel.from_pretrained(base_model, "path/or/name/of/this/adapter").merge_and_unload()
 model.save_pretrained("merged")
-```
-"""
+```"""
 
 
 @dataclass
@@ -81,7 +80,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         if self.use_dora_adaptive and card.is_file():
             text = card.read_text(encoding="utf-8")
             if CARD_SECTION not in text:
-                card.write_text(f"{text.rstrip()}\n\n{CARD_SECTION}", encoding="utf-8")
+                card.write_text(f"{text.rstrip()}\n\n{CARD_SECTION}\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """
