@@ -78,27 +78,23 @@ class AdaDoraLinearVariant(LoraVariant):
     @staticmethod
     def merge_safe(module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         """The merged weight (m / n) ⊙ (W + ΔW), stored and shaped like the weight, which stays as it is."""
-        merged = torch.empty_like(orig_weight)
-        AdaDoraLinearVariant._write_merged(module, active_adapter, orig_weight, merged)
+        merged = orig_weight.detach().clone()
+        AdaDoraLinearVariant.merge_unsafe(module, active_adapter, merged)
         return merged
 
     @staticmethod
+    @torch.no_grad()
     def merge_unsafe(module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> None:
         """Overwrite the weight with (m / n) ⊙ (W + ΔW), a block of rows at a time."""
-        AdaDoraLinearVariant._write_merged(module, active_adapter, orig_weight, orig_weight)
-
-    @staticmethod
-    @torch.no_grad()
-    def _write_merged(module: nn.Module, active_adapter: str, weight: torch.Tensor, out: torch.Tensor) -> None:
         is_transposed = isinstance(module.get_base_layer(), Conv1D)
-        rows_of_weight = weight.T if is_transposed else weight.flatten(1)
+        rows_of_weight = orig_weight.T if is_transposed else orig_weight.flatten(1)
         factors = *module.update_factors(active_adapter), module.lora_magnitude[active_adapter]
         for rows, values in merged_rows(rows_of_weight, *map(gather_full, factors)):
             if is_transposed:
-                out[:, rows] = values.T
+                orig_weight[:, rows] = values.T
             else:
                 # of the weight itself, because `flatten` copies one that is not contiguous
-                out[rows] = values.view(-1, *weight.shape[1:])
+                orig_weight[rows] = values.view(-1, *orig_weight.shape[1:])
 
     @staticmethod
     def unmerge(module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
