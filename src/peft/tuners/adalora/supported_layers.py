@@ -47,10 +47,7 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether the forward pass of a module is not one of `KNOWN_FORWARDS`, whatever its base class is."""
     # accelerate's hooks replace the forward pass by one that calls it
     forwards = [getattr(module, "_old_forward", module.forward), getattr(module, "_conv_forward", module.forward)]
-    functions = [getattr(forward, "__func__", forward) for forward in forwards]
-    names = {
-        f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}" for function in functions
-    }
+    names = {f"{forward.__module__}.{getattr(forward, '__qualname__', '')}" for forward in forwards}
     return not names <= KNOWN_FORWARDS
 
 
