@@ -14,38 +14,19 @@
 
 """PEFT's AdaLoRA layers for weights that bitsandbytes has quantized, which can also have AdaDoRA adapters."""
 
-from typing import Any
-
-import torch
-
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
 from . import stock_bnb as stock
-from .layer import AdaLoraLayer
+from .layer import AdaDoraForward
 
 
-# PEFT's classes derive from our AdaLoraLayer behind nn.Module, and have a forward pass of their own.
 if is_bnb_available():
 
-    class SVDLinear8bitLt(stock.SVDLinear8bitLt):
+    class SVDLinear8bitLt(AdaDoraForward, stock.SVDLinear8bitLt):
         """PEFT's 8-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
-
-        train, _apply = AdaLoraLayer.train, AdaLoraLayer._apply
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            adapter_name = self.adadora_adapter_in_use()
-            return super().forward(x) if adapter_name is None else self.forward_adadora(adapter_name, x)
 
 
 if is_bnb_4bit_available():
 
-    class SVDLinear4bit(stock.SVDLinear4bit):
+    class SVDLinear4bit(AdaDoraForward, stock.SVDLinear4bit):
         """PEFT's 4-bit linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
-
-        train, _apply = AdaLoraLayer.train, AdaLoraLayer._apply
-
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            adapter_name = self.adadora_adapter_in_use()
-            if adapter_name is None:
-                return super().forward(x, *args, **kwargs)
-            return self.forward_adadora(adapter_name, x, *args, **kwargs)

@@ -41,14 +41,7 @@ from .variants import AdaDoraConv2dVariant, AdaDoraLinearVariant
 __all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
 
 
-class _WithDict:
-    """
-    Gives a layer the memory layout of any `nn.Module`, so that FSDP2's `fully_shard` can change its class. The layout
-    of `abc.ABC`, the first base of PEFT's layers, is another one.
-    """
-
-
-class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
+class AdaLoraLayer(stock.AdaLoraLayer):
     """PEFT's AdaLoRA layer with magnitudes: `lora_magnitude` holds one of shape (out, 1) for each AdaDoRA adapter."""
 
     adapter_layer_names = (*stock.AdaLoraLayer.adapter_layer_names, "lora_magnitude")
@@ -150,12 +143,6 @@ class AdaLoraLayer(_WithDict, stock.AdaLoraLayer):
             if adapter_name in self.lora_magnitude:
                 self.lora_variant[adapter_name].unmerge(self, adapter_name, self.get_base_layer().weight)
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        adapter_name = self.adadora_adapter_in_use()
-        if adapter_name is None:
-            return super().forward(x, *args, **kwargs)
-        return self.forward_adadora(adapter_name, x, *args, **kwargs)
-
     def adadora_adapter_in_use(self) -> Optional[str]:
         """The adapter that is merged or active, if it is AdaDoRA."""
         if self.disable_adapters:
@@ -187,7 +174,25 @@ def preserve_requires_grad(layers: Iterable[AdaLoraLayer], adapter_name: str) ->
         part[adapter_name].requires_grad_(was_trained)
 
 
-class SVDLinear(AdaLoraLayer, stock.SVDLinear):
+class AdaDoraForward:
+    """
+    The forward pass of a layer: with an AdaDoRA adapter if it has one in use, and as PEFT's otherwise.
+
+    As the first base it also gives the layer the memory layout of any `nn.Module`, so that FSDP2's `fully_shard` can
+    change its class. The layout of `abc.ABC`, the first base of `AdaLoraLayer`, is another one.
+    """
+
+    # PEFT's layers of bitsandbytes derive from our AdaLoraLayer behind nn.Module
+    train, _apply = AdaLoraLayer.train, AdaLoraLayer._apply
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapter_name = self.adadora_adapter_in_use()
+        if adapter_name is None:
+            return super().forward(x, *args, **kwargs)
+        return self.forward_adadora(adapter_name, x, *args, **kwargs)
+
+
+class SVDLinear(AdaDoraForward, AdaLoraLayer, stock.SVDLinear):
     """
     PEFT's linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter.
 
@@ -213,7 +218,7 @@ class SVDLinear(AdaLoraLayer, stock.SVDLinear):
         stock.SVDLinear.__init__(self, base_layer, adapter_name, config, *args, **kwargs)
 
 
-class SVDConv2d(AdaLoraLayer, stock.SVDConv2d):
+class SVDConv2d(AdaDoraForward, AdaLoraLayer, stock.SVDConv2d):
     """PEFT's convolution with an AdaLoRA adapter, which can also be an AdaDoRA adapter."""
 
     @property
