@@ -35,7 +35,7 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 
-from .base_weight import base_row_norm, has_computed_weight
+from .base_weight import base_row_norm
 from .rows import Rows
 from .sharding import gather_full
 
@@ -46,8 +46,6 @@ TORCHAO_WEIGHTS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
 def resolve_backend(base_layer: nn.Module) -> Optional[QuantizationBackend]:
     """PEFT's backend for the weight of a layer, or `None` if it is not quantized."""
-    if has_computed_weight(base_layer):
-        return None
     weight = getattr(base_layer, "weight", None)
     kind = get_bnb_param_type(weight)
     if kind:
