@@ -158,8 +158,8 @@ class RankAllocator(stock.RankAllocator):
             budget (`int`): The number of triplets to keep in all layers together.
 
         Returns:
-            `dict[str, list[bool]]`, *optional*: The kept triplets, by the name of each `lora_E` in the model. `None`
-            if there are no scores, because no gradient has been finite yet; nothing is masked then.
+            `dict[str, list[bool]]`, *optional*: The kept triplets, by the name of each `lora_E` in the model.
+            `None` if no gradient has been finite yet; nothing is masked then.
         """
         if not self.exp_avg_ipt:
             return None
@@ -214,9 +214,9 @@ class RankAllocator(stock.RankAllocator):
     def read_kept(self, model: nn.Module) -> None:
         """Take the kept triplets from E, after weights have been loaded."""
         self.kept = None
-        layers = adapted_layers(model, self.adapter_name)
         values = {
-            f"{name}.lora_E.{self.adapter_name}": layer.lora_E[self.adapter_name] for name, layer in layers.items()
+            f"{name}.lora_E.{self.adapter_name}": layer.lora_E[self.adapter_name]
+            for name, layer in adapted_layers(model, self.adapter_name).items()
         }
         if not any(lora_E.is_meta for lora_E in values.values()):
             kept = kept_triplets({key: sharding.gather_full(lora_E) for key, lora_E in values.items()})
