@@ -105,8 +105,6 @@ class RankAllocator(stock.RankAllocator):
                 f"No factor of the adapter {self.adapter_name!r} has a gradient; call `update_and_allocate(step)` "
                 "after `optimizer.step()` and before `optimizer.zero_grad()`, and adapt layers that the model calls."
             )
-        if self._gradients is not None:
-            self._gradients.sums.clear()
         groups = {}
         for name, param in params.items():
             groups.setdefault((param.device, param.dtype, sharding.is_sharded(param)), []).append(name)

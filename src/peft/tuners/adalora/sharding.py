@@ -104,8 +104,8 @@ class GradientCapture:
             self.sums[name] = gradient.detach().clone()
 
     def mean_over_processes(self, name: str) -> torch.Tensor:
-        """The sum of a parameter, averaged over all processes. Every process has to call this."""
-        gradient = self.sums[name]
+        """Take the sum of a parameter, averaged over all processes. Every process has to call this."""
+        gradient = self.sums.pop(name)
         if dist.is_initialized():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
