@@ -60,7 +60,7 @@ def generation() -> Iterator[None]:
 
 
 def invalidate(layer: nn.Module) -> None:
-    """Drop what is cached of a layer."""
+    """Drop the cached scale of a layer."""
     cache = _cache.get()
     if cache is not None:
         cache.pop(layer, None)

@@ -68,7 +68,7 @@ def check_sole_adapter(adapter_names: str | list[str], adadora_adapters: Contain
 
 def check_options(config: AdaLoraConfig, adapter_name: str) -> None:
     """
-    Check the options of an adapter that is going to be trained, and warn of those that AdaLoRA does not read.
+    Check the options of an adapter to be trained, and warn of options that AdaLoRA does not read.
 
     Raises:
         `ValueError`: If the ranks cannot work, or if the config targets single parameters.
