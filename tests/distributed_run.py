@@ -1,4 +1,4 @@
-"""Trains on several processes what `train_single` trains on one; run it with torchrun.
+"""Trains on several processes what `train_single` trains on one; run it with torchrun, or `run_rank` in each process.
 
 torchrun --nproc-per-node 2 distributed_run.py MODE FOLDER [ARGUMENTS]
 
@@ -27,6 +27,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft import PeftModel, get_peft_model
+from peft.tuners.adalora import SVDConv2d, SVDLinear
 
 
 BATCH = 4
@@ -265,6 +266,17 @@ def train_flattened() -> dict[str, Any]:
     return {"errors": errors}
 
 
+def shard_each_layer() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer_class, base, x in (
+        (SVDLinear, nn.Linear(6, 8), torch.randn(2, 6)),
+        (SVDConv2d, nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)),
+    ):
+        layer = layer_class(base, "default", make_adalora_config(lora_dropout=0.0), r=4)
+        expected = layer(x)
+        torch.testing.assert_close(fully_shard(layer, mesh=mesh)(x), expected)
+
+
 def main(mode: str, folder: Path, arguments: str = "{}") -> None:
     torch.set_num_threads(1)
     if not mode.startswith("zero"):  # DeepSpeed does so itself
@@ -279,6 +291,8 @@ def main(mode: str, folder: Path, arguments: str = "{}") -> None:
         result = train_with_trainer(folder)
     elif mode == "trainer-fsdp2":
         result = train_with_fsdp(folder, **json.loads(arguments))
+    elif mode == "shard-each-layer":
+        result = shard_each_layer()
     elif mode == "fsdp1":
         result = train_flattened()
     elif mode.startswith("zero"):
@@ -288,6 +302,24 @@ def main(mode: str, folder: Path, arguments: str = "{}") -> None:
     torch.save(result, folder / f"rank-{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run_rank(rank: int, count: int, port: int, mode: str, folder: Path, arguments: str) -> None:
+    """Be a process of torchrun, whose store listens on a port of this machine. Errors go to a file of the folder."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "DS_ACCELERATOR": "cpu",
+    }
+    with (folder / f"errors-{rank}.txt").open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    main(mode, folder, arguments)
 
 
 if __name__ == "__main__":

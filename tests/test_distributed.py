@@ -3,6 +3,7 @@ Two processes train what one trains, over gloo on the CPU: DDP and FSDP2, and DD
 """
 
 import json
+import multiprocessing.connection
 import os
 import subprocess
 import sys
@@ -12,16 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from distributed_run import (
     held_out_logits,
     make_quantized_llama,
     make_trainer_without_dropout,
     rank_pattern_of,
+    run_rank,
     train_single,
 )
 from safetensors.torch import load_file
-from trainer_run import STEPS, make_arguments, make_llama
+from trainer_run import CONTEXT, STEPS, make_arguments, make_llama
 from transformers import TrainerControl, TrainerState
 
 from peft import PeftModel
@@ -30,27 +33,51 @@ from peft.tuners.adalora import AdaLoraCallback
 
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
-    "torchrun, one process": "torch.distributed.run --standalone --nproc-per-node 1",
     # what `--multi_gpu` asks for is several processes on a machine, here on its CPU
     "accelerate launch": "accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes 2"
     " --mixed_precision no --dynamo_backend no",
 }
 
 
-def launch(mode: str, folder: Path, launcher: str = "torchrun", **arguments: Any) -> list[dict]:
-    """What the processes report."""
+def results_in(folder: Path) -> list[dict]:
+    return [torch.load(path, weights_only=False) for path in sorted(folder.glob("rank-*.pt"))]
+
+
+def launch(mode: str, folder: Path, launcher: str) -> list[dict]:
+    """What two processes of a launcher report."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher].split()]
     script = Path(__file__).with_name("distributed_run.py")
     process = subprocess.run(
-        [*command, script, mode, folder, json.dumps(arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        [*command, script, mode, folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         check=False,
         text=True,
         timeout=900,
     )
     assert process.returncode == 0, process.stderr[-4000:]
-    return [torch.load(path, weights_only=False) for path in sorted(folder.glob("rank-*.pt"))]
+    return results_in(folder)
+
+
+def fork(mode: str, folder: Path, count: int = 2, **arguments: Any) -> list[dict]:
+    """What processes report that are forked from a server which has imported torch, so that they start in no time."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [
+        CONTEXT.Process(target=run_rank, args=(rank, count, store.port, mode, folder, json.dumps(arguments)))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    waiting = {process.sentinel for process in processes}
+    while waiting and not any(process.exitcode for process in processes):
+        ended = multiprocessing.connection.wait(waiting, timeout=900)
+        waiting -= set(ended or waiting)
+    for process in processes:
+        process.kill()  # the others wait for one that has failed
+        process.join()
+    errors = [(folder / f"errors-{rank}.txt").read_text()[-4000:] for rank in range(count)]
+    assert [process.exitcode for process in processes] == [0] * count, "\n".join(errors)
+    return results_in(folder)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +97,7 @@ def folder(mode, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(mode, folder):
-    return launch(mode, folder)
+    return fork(mode, folder)
 
 
 class TestTwoProcesses:
@@ -156,7 +183,7 @@ def single_trainer(tmp_path_factory):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_gives_the_same_on_two_processes(stage, single_trainer, tmp_path):
     pytest.importorskip("deepspeed")
-    results = launch(f"zero{stage}", tmp_path)
+    results = fork(f"zero{stage}", tmp_path)
     expected = single_trainer.model.peft_config["default"].rank_pattern
     for result in results:
         assert list(result["rank_pattern"].values()) == list(expected.values())
@@ -200,7 +227,7 @@ def test_fsdp2_through_the_trainer_gives_the_same_and_resumes_exactly(asked, tmp
         pytest.importorskip("bitsandbytes")
     # before the first allocation, when pruning has begun to bite, and after the last allocation
     checkpoints = {f"from {step}": f"run/checkpoint-{step}" for step in (3, 9, 12)}
-    results = launch("trainer-fsdp2", tmp_path, resume_from=checkpoints, **arguments)
+    results = fork("trainer-fsdp2", tmp_path, resume_from=checkpoints, **arguments)
     single = make_trainer_without_dropout(
         tmp_path / "single",
         base_model=make_quantized_llama(tmp_path) if "quantize" in arguments else None,
@@ -230,24 +257,22 @@ def test_fsdp2_through_the_trainer_gives_the_same_and_resumes_exactly(asked, tmp
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize(
-    "begins, ends", [("torchrun", "torchrun, one process"), ("torchrun, one process", "torchrun")]
-)
+@pytest.mark.parametrize("begins, ends", [(2, 1), (1, 2)])
 def test_fsdp2_resumes_with_another_number_of_processes(begins, ends, tmp_path):
     for folder in ("begun", "ended"):
         (tmp_path / folder).mkdir()
-    begun = launch("trainer-fsdp2", tmp_path / "begun", begins, resume_from={})
-    ended = launch(
+    begun = fork("trainer-fsdp2", tmp_path / "begun", begins, resume_from={})
+    ended = fork(
         "trainer-fsdp2", tmp_path / "ended", ends, run=False, resume_from={"run": "../begun/run/checkpoint-9"}
     )
-    assert {len(begun), len(ended)} == {1, 2}
+    assert (len(begun), len(ended)) == (begins, ends)
     assert ended[0]["run"]["rank_pattern"] == begun[0]["run"]["rank_pattern"]
     for name, tensor in begun[0]["run"]["adapter"].items():
         torch.testing.assert_close(ended[0]["run"]["adapter"][name], tensor, rtol=0, atol=1e-5, msg=name)
 
 
 def test_fsdp1_is_refused_before_the_first_step(tmp_path):
-    for result in launch("fsdp1", tmp_path):
+    for result in fork("fsdp1", tmp_path):
         assert len(result["errors"]) == 2
         assert all("use FSDP2" in error for error in result["errors"])
 
@@ -259,30 +284,5 @@ def test_fsdp1_is_refused_when_the_trainer_is_made(tmp_path, monkeypatch):
         AdaLoraCallback().on_init_end(arguments, TrainerState(), TrainerControl(), model=make_llama())
 
 
-# in a process of its own, because a process group outlives a test
-SHARD_EACH_LAYER = """
-import torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from helpers import make_config
-from peft.tuners.adalora import SVDConv2d, SVDLinear
-
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-mesh = init_device_mesh("cpu", (1,))
-for layer_class, base, x in (
-    (SVDLinear, nn.Linear(6, 8), torch.randn(2, 6)),
-    (SVDConv2d, nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)),
-):
-    layer = layer_class(base, "default", make_config(), r=4)
-    expected = layer(x)
-    torch.testing.assert_close(fully_shard(layer, mesh=mesh)(x), expected)
-dist.destroy_process_group()
-"""
-
-
-def test_fsdp2_can_shard_each_adapted_layer_by_itself():
-    command = [sys.executable, "-c", SHARD_EACH_LAYER]
-    here = Path(__file__).parent
-    process = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600, check=False)
-    assert process.returncode == 0, process.stderr[-2000:]
+def test_fsdp2_can_shard_each_adapted_layer_by_itself(tmp_path):
+    fork("shard-each-layer", tmp_path, count=1)

@@ -22,7 +22,15 @@ from peft.tuners import adalora
 
 STEPS = 16
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["accelerate", "transformers.trainer", "peft.tuners.adalora.callback"])
+CONTEXT.set_forkserver_preload(
+    [
+        "accelerate",
+        "peft.tuners.adalora.callback",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "transformers.trainer",
+    ]
+)
 
 
 class RandomTokens(Dataset):
