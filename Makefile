@@ -2,25 +2,42 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test soak engines quality style bench peft-tests upstream-check mutants matrix compare docs clean
+# a worker that has no tests left takes half of another's
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n auto --dist worksteal
+# what has a target of its own
+APART := soak or engines or types or project
+CORE := adadora_guards adadora_math adadora_model exactness layer_kinds order_and_templates peft_api rank_allocator \
+	scale_cache skipped_steps state
+CHECKS := matrix upstream-check mutants engines soak
+
+.PHONY: demo test test-core test-project check-all soak engines quality style bench peft-tests upstream-check mutants \
+	matrix compare docs clean
 
 demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
 
-# files in the order of their names: by their numbers of tests, those with few that take long would come last
-test: .venv/installed  ## all tests but PEFT's own
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/installed  ## the tests of behaviour (under 8 minutes on 2 cores)
+	$(PYTEST) $(PARALLEL) -m 'not ($(APART))'
+
+test-core: .venv/installed  ## those of the method, its layers, the model and the allocation of ranks (under 3 minutes)
+	$(PYTEST) $(PARALLEL) -m 'not ($(APART) or overlay)' $(CORE:%=tests/test_%.py)
+
+test-project: .venv/installed  ## the tests of benchmarks, examples, docs and packaging
+	$(PYTEST) $(PARALLEL) -m project
+
+check-all: $(CHECKS)  ## what takes too long for each change (some hours)
 
 soak: .venv/installed  ## kill and resume a run 200 times (about 6 minutes)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
+	$(PYTEST) -m soak
 
 engines: .venv/installed  ## FSDP2 through the Trainer with all that it can be asked for (about 3 minutes)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines
+	$(PYTEST) -m engines
 
 quality: .venv/installed  ## lint, check the format, and ask type checkers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m types
+	$(PYTEST) -q -m types
 
 style: .venv/installed  ## format
 	$(BIN)/ruff check --fix .

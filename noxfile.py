@@ -58,7 +58,8 @@ def tests(session: nox.Session, torch: str, peft: str, transformers: str) -> Non
     if torch in TORCH_WITH_TORCHAO:
         session.install("torchao==0.18.0")
     session.run(
-        *("python", "-m", "pytest", "-q", "-n", "2", "-m", "not overlay and not soak", *TESTS),
+        *("python", "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal"),
+        *("-m", "not overlay and not soak", *TESTS),
         env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     # with CUDA, which torch comes with, each environment takes some 7 GB

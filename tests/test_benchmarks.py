@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 
-pytestmark = pytest.mark.overlay
+pytestmark = [pytest.mark.overlay, pytest.mark.project]
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = [path.stem for path in sorted(BENCHMARKS.glob("*.py"))]

@@ -18,7 +18,7 @@ from trainer_run import make_llama, run_in_process
 import peft
 
 
-pytestmark = pytest.mark.overlay
+pytestmark = [pytest.mark.overlay, pytest.mark.project]
 ROOT = Path(__file__).parents[1]
 # What a page names and a test does not have: models from the Hub, and time
 STAND_INS = {"Qwen/Qwen3-0.6B": "model", "max_steps=1500": "max_steps=15, use_cpu=True, bf16=False, report_to=[]"}

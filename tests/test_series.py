@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.overlay
+pytestmark = [pytest.mark.overlay, pytest.mark.project]
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "upstream"))

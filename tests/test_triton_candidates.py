@@ -11,7 +11,7 @@ import torch
 
 
 pytest.importorskip("triton", reason="there is no triton here")
-pytestmark = pytest.mark.overlay
+pytestmark = [pytest.mark.overlay, pytest.mark.project]
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
