@@ -1,6 +1,8 @@
 """The benchmarks compare, count, fit and write what they say. How fast anything is, is not tested."""
 
+import contextlib
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -347,13 +349,13 @@ class TestLaunches:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(bench, tmp_path_factory):
     """Where the command for a GPU, run on a CPU at small sizes, has written what it found."""
     folder = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, BENCHMARKS / "run.py", "--device", "cpu", "--preset", "gpu", "--minutes", "9"]
-    result = subprocess.run([*command, "--output", folder], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert (folder / "summary.md").read_text().partition("## Summary")[2] in result.stdout
+    arguments = ["--device", "cpu", "--preset", "gpu", "--minutes", "9", "--output", str(folder)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        bench.run.main(arguments)
+    assert (folder / "summary.md").read_text().partition("## Summary")[2] in printed.getvalue()
     return folder
 
 

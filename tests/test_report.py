@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -396,20 +397,31 @@ class TestBrokenInput:
 
 
 class TestCommand:
-    def test_prints_a_line_for_each_module_and_each_log(self, run, base_folder):
-        done = command("report", run.args.output_dir, "--base-model", base_folder)
+    @pytest.fixture
+    def report(self, capsys):
+        """Runs the command in this process."""
+        from _peft_adadora_command import main
+
+        def run(*arguments):
+            code = main(["report", *map(str, arguments)])
+            return SimpleNamespace(returncode=code, **dict(zip(("stdout", "stderr"), capsys.readouterr())))
+
+        return run
+
+    def test_prints_a_line_for_each_module_and_each_log(self, report, run, base_folder):
+        done = report(run.args.output_dir, "--base-model", base_folder)
         assert done.returncode == 0, done.stderr
-        report = read_report(run.args.output_dir, base_folder)
-        assert done.stdout == f"{report}\n"
-        for module in report.modules:
+        expected = read_report(run.args.output_dir, base_folder)
+        assert done.stdout == f"{expected}\n"
+        for module in expected.modules:
             line = re.search(rf"^{re.escape(module.name)} +{module.rank} +4(.*)$", done.stdout, flags=re.MULTILINE)
-            drift = f"{100 * module.change.abs().mean().item():.2f} %" if report.has_magnitudes else ""
+            drift = f"{100 * module.change.abs().mean().item():.2f} %" if expected.has_magnitudes else ""
             assert drift in line[1]
         assert re.search(rf"^{STEPS} +12 +12 +12", done.stdout, flags=re.MULTILINE)
-        assert ("plain AdaLoRA" in done.stdout) != report.has_magnitudes
+        assert ("plain AdaLoRA" in done.stdout) != expected.has_magnitudes
 
-    def test_writes_a_page_and_pictures(self, run, tmp_path):
-        done = command("report", run.args.output_dir, "--output", tmp_path / "new" / "folder")
+    def test_writes_a_page_and_pictures(self, report, run, tmp_path):
+        done = report(run.args.output_dir, "--output", tmp_path / "new" / "folder")
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith(f"Written: {tmp_path / 'new' / 'folder' / 'report.html'}\n")
 
@@ -436,9 +448,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         "place, sentence", [("file", "is a file; name a folder"), ("file/new", "Not a directory")]
     )
-    def test_says_in_one_line_that_the_output_is_no_folder(self, saved, tmp_path, place, sentence):
+    def test_says_in_one_line_that_the_output_is_no_folder(self, report, saved, tmp_path, place, sentence):
         (tmp_path / "file").write_text("kept")
-        done = command("report", saved[1], "--output", tmp_path / place)
+        done = report(saved[1], "--output", tmp_path / place)
         assert done.returncode == 1
         assert re.fullmatch(rf"peft-adadora: .*{sentence}.*\n", done.stderr)
         assert (tmp_path / "file").read_text() == "kept"
