@@ -31,7 +31,7 @@ check-all: $(CHECKS)  ## what takes too long for each change (some hours)
 soak: .venv/installed  ## kill and resume a run 200 times (about 6 minutes)
 	$(PYTEST) -m soak
 
-engines: .venv/installed  ## FSDP2 through the Trainer with all that it can be asked for (about 3 minutes)
+engines: .venv/installed  ## torchrun, and FSDP2 through the Trainer with all that it can be asked for (about 3 minutes)
 	$(PYTEST) -m engines
 
 quality: .venv/installed  ## lint, check the format, and ask type checkers

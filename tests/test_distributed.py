@@ -156,12 +156,15 @@ class TestSharded:
         torch.testing.assert_close(results[0]["logits_of_changed"], expected, **tolerance)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate launch"])
+# `accelerate launch` runs torchrun, and each forked process has the environment of one of torchrun's
+@pytest.mark.parametrize(
+    "launcher", ["forked", "accelerate launch", pytest.param("torchrun", marks=pytest.mark.engines)]
+)
 def test_the_trainer_gives_the_same_on_two_processes(launcher, tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     for path in folders:
         path.mkdir()
-    results = launch("trainer", folders[1], launcher)
+    results = fork("trainer", folders[1]) if launcher == "forked" else launch("trainer", folders[1], launcher)
     trainer = make_trainer_without_dropout(folders[0])
     trainer.train()
     patterns = [result["rank_pattern"] for result in results] + [trainer.model.peft_config["default"].rank_pattern]
