@@ -69,12 +69,17 @@ def train(model: nn.Module, peft_model: PeftModel) -> dict[str, Any]:
     }
 
 
-def make_model() -> PeftModel:
-    return get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0))
+def make_model(layers: int = 2) -> PeftModel:
+    return get_peft_model(make_llama(layers), make_adalora_config(lora_dropout=0.0))
 
 
-def train_single() -> dict[str, Any]:
-    model = make_model()
+def layers_of(mode: str) -> int:
+    """The layers of its model. To compile each of them takes long."""
+    return 1 if mode == "ddp-compiled" else 2
+
+
+def train_single(layers: int) -> dict[str, Any]:
+    model = make_model(layers)
     result = train(model, model)
     model.merge_adapter(safe_merge=True)
     return {**result, "merged_logits": held_out_logits(model)}
@@ -282,7 +287,7 @@ def main(mode: str, folder: Path, arguments: str = "{}") -> None:
     if not mode.startswith("zero"):  # DeepSpeed does so itself
         dist.init_process_group("gloo")
     if mode.startswith("ddp"):
-        model = make_model()
+        model = make_model(layers_of(mode))
         replica = DistributedDataParallel(model, find_unused_parameters=mode == "ddp-unused")
         if mode == "ddp-compiled":
             replica.compile(backend="aot_eager")

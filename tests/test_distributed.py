@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from distributed_run import (
     held_out_logits,
+    layers_of,
     make_quantized_llama,
     make_trainer_without_dropout,
     rank_pattern_of,
@@ -80,14 +81,14 @@ def fork(mode: str, folder: Path, count: int = 2, **arguments: Any) -> list[dict
     return results_in(folder)
 
 
-@pytest.fixture(scope="module")
-def single():
-    return train_single()
-
-
 @pytest.fixture(scope="module", params=["ddp", "ddp-unused", "ddp-compiled", "fsdp2", "fsdp2-bf16"])
 def mode(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def single(mode):
+    return train_single(layers_of(mode))
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +102,8 @@ def results(mode, folder):
 
 
 class TestTwoProcesses:
-    def test_all_processes_keep_the_ranks_of_a_single_one(self, results, single):
-        assert sum(sum(kept) for kept in single["rank_pattern"].values()) == 12
+    def test_all_processes_keep_the_ranks_of_a_single_one(self, results, single, mode):
+        assert sum(sum(kept) for kept in single["rank_pattern"].values()) == 6 * layers_of(mode)
         for result in results:
             assert result["rank_pattern"] == single["rank_pattern"]
 

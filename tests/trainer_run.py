@@ -44,14 +44,14 @@ class RandomTokens(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def make_llama() -> LlamaForCausalLM:
+def make_llama(layers: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32,
             hidden_size=16,
             intermediate_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
             max_position_embeddings=16,
