@@ -7,8 +7,8 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n auto --dist worksteal
 # what has a target of its own
 APART := soak or engines or types or project
-CORE := adadora_guards adadora_math adadora_model exactness layer_kinds order_and_templates peft_api rank_allocator \
-	scale_cache skipped_steps state
+CORE := adadora_guards adadora_math adadora_model exactness layer_kinds optimizers order_and_templates peft_api \
+	rank_allocator scale_cache skipped_steps state uncalled_layers
 CHECKS := matrix upstream-check mutants engines soak
 
 .PHONY: demo test test-core test-project check-all soak engines quality style bench peft-tests upstream-check mutants \
