@@ -101,7 +101,26 @@ MUTANTS = [
         (Edit("cache.py", "default=None)", "default=Cache(in_training=False))"),),
         first="test_exactness.py",
     ),
-    Mutant("do not clamp the squared norm", (Edit("adadora.py", ".clamp_min(0)", ""),)),
+    Mutant(
+        "do not clamp the squared norm",
+        (Edit("adadora.py", "return torch.maximum(squared_norm, ", "return torch.maximum(squared_norm, 0 * "),),
+    ),
+    Mutant(
+        "let a cast of the model round the magnitudes",
+        (
+            Edit(
+                "layer.py",
+                "            if magnitude.dtype.itemsize < ",
+                "            if False and magnitude.dtype.itemsize < ",
+            ),
+        ),
+        "test_adadora_model.py",
+    ),
+    Mutant(
+        "let gradients that are not finite into the averages",
+        (Edit("allocator.py", "if not all(map(all_finite, importance.values())):", "if False:"),),
+        "test_skipped_steps.py",
+    ),
     Mutant(
         "lose the magnitude when resizing",
         (
