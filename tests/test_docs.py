@@ -87,7 +87,13 @@ def test_the_commands_of_a_page_exist(page):
                 assert option in options
         else:
             # the installation itself is tested in test_overlay.py
-            assert words[:2] in (["pip", "install"], ["pip", "download"], ["pip", "wheel"], ["git", "clone"]), words
+            assert words[:2] in (
+                ["accelerate", "launch"],
+                ["pip", "install"],
+                ["pip", "download"],
+                ["pip", "wheel"],
+                ["git", "clone"],
+            ), words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

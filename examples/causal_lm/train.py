@@ -1,6 +1,6 @@
 """Train a causal language model with AdaDoRA and TRL's SFTTrainer, so that a kill at any time loses nothing.
 
-    pip install "peft-adadora[demo]" trl
+    pip install '.[demo]' trl    # in a clone
     python examples/causal_lm/train.py
 
 Kill it and start it with the same command: it goes on from the last checkpoint and ends with the weights that a run
@@ -83,11 +83,12 @@ def main() -> None:
         train_dataset=read_articles(options.articles),
         processing_class=tokenizer,
         peft_config=AdaLoraConfig(
-            init_r=12,
+            init_r=6,
             target_r=4,
+            lora_alpha=6,
             tinit=options.steps // 10,
-            tfinal=options.steps // 3,
-            deltaT=5,
+            tfinal=options.steps // 2,
+            deltaT=10,
             total_step=options.steps,
             lora_dropout=0.05,
             target_modules="all-linear",
