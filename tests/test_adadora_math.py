@@ -189,6 +189,16 @@ def test_an_adapter_that_starts_with_an_update_keeps_the_row_lengths_of_the_adap
     assert relative_error(layer(x), expected) < TOLERANCE[dtype]
 
 
+def test_an_adapter_that_starts_with_an_update_leaves_out_a_merged_adapter():
+    layer = make_layer(33, 65, 8, use_dora_adaptive=False)
+    layer.merge()
+    layer.update_layer("second", 8, 12, config=make_config(init_lora_weights=False))
+    layer.unmerge()
+    lora_A, scaled_E, lora_B = (factor.double() for factor in layer.update_factors("second"))
+    adapted = layer.get_base_layer().weight.double() + lora_B @ (lora_A * scaled_E)
+    assert relative_error(layer.lora_magnitude["second"], adapted.norm(dim=1, keepdim=True)) < 1e-5
+
+
 @settings(max_examples=60, deadline=None)
 @given(layer=layers)
 def test_merged_equals_unmerged(layer):

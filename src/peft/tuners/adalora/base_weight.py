@@ -49,15 +49,21 @@ def base_rows(layer: nn.Module) -> torch.Tensor | Rows:
 
 
 @torch.no_grad()
+def unmerged_rows(layer: nn.Module) -> torch.Tensor | Rows:
+    """[`base_rows`] without the plain AdaLoRA adapters that are merged into W."""
+    rows = base_rows(layer)
+    for adapter_name in layer.merged_adapters:
+        if adapter_name not in layer.lora_magnitude:
+            lora_A, scaled_E, lora_B = layer.update_factors(adapter_name)
+            rows = rows - lora_B @ (lora_A * scaled_E)
+    return rows
+
+
+@torch.no_grad()
 def base_row_norm(layer: nn.Module) -> torch.Tensor:
-    """‖W‖ of shape (out, 1), leaving out the plain AdaLoRA adapters that are merged into W."""
+    """‖W‖ of shape (out, 1), of [`unmerged_rows`]."""
     with onloaded(layer.get_base_layer()):
-        rows = base_rows(layer)
-        for adapter_name in layer.merged_adapters:
-            if adapter_name not in layer.lora_magnitude:
-                lora_A, scaled_E, lora_B = layer.update_factors(adapter_name)
-                rows = rows - lora_B @ (lora_A * scaled_E)
-        return row_norm(rows)
+        return row_norm(unmerged_rows(layer))
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from peft.tuners.lora.layer import LoraVariant
 
 from .adadora import adapted_output, magnitude_scale, merged_rows, scale_output, squared_adapted_row_norm
-from .base_weight import base_row_norm, base_rows, onloaded
+from .base_weight import base_row_norm, base_rows, onloaded, unmerged_rows
 from .cache import cached_scale
 from .rows import norm_dtype
 from .sharding import copy_full_, gather_full
@@ -59,7 +59,7 @@ class AdaDoraLinearVariant(LoraVariant):
         norm, factors = base_row_norm(module), tuple(map(gather_full, module.update_factors(adapter_name)))
         if factors[1].any():
             with onloaded(module.get_base_layer()):
-                norm = squared_adapted_row_norm(base_rows(module), *factors).sqrt()
+                norm = squared_adapted_row_norm(unmerged_rows(module), *factors).sqrt()
         copy_full_(module.lora_magnitude[adapter_name], norm)
 
     @staticmethod
