@@ -532,6 +532,20 @@ class TestCastsOfTheModel:
             assert torch.equal(magnitude.double(), before[name].double())
             assert magnitude.requires_grad
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_gradient_that_is_there_at_a_cast_serves_the_next_step(self, dtype):
+        model = make_peft_mlp()
+        optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
+        model(torch.randn(4, 10)).sum().backward()
+        layers = svd_layers(model).values()
+        before = [layer.lora_magnitude["default"].detach().clone() for layer in layers]
+        model.to(dtype)
+        assert all(layer.lora_magnitude["default"].grad.dtype == torch.float32 for layer in layers)
+        optimizer.step()
+        for layer, start in zip(layers, before):
+            moved = (layer.lora_magnitude["default"] - start).abs()
+            torch.testing.assert_close(moved, torch.full_like(moved, 1e-2), rtol=0.05, atol=0)
+
     def test_a_cast_model_saves_what_was_learned(self, tmp_path):
         model = make_peft_mlp()
         train(model)

@@ -117,6 +117,8 @@ class AdaLoraLayer(stock.AdaLoraLayer):
         for name, magnitude in self.lora_magnitude.items():
             if magnitude.dtype.itemsize < min(4, before[name].dtype.itemsize):
                 magnitude.data = before[name].to(magnitude.device)
+                if magnitude.grad is not None:
+                    magnitude.grad.data = magnitude.grad.data.to(magnitude.dtype)
         return self
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
