@@ -58,6 +58,28 @@ def test_no_warning_if_all_layers_are_called_but_some_experts():
     assert not train(adapt(ReadsWeight(call_all=True)), steps=20)
 
 
+class Block(nn.Module):
+    """Two layers with digits in their names, of which the second may be read instead of called."""
+
+    def __init__(self, reads_second: bool):
+        super().__init__()
+        self.fc1, self.fc2, self.reads_second = nn.Linear(10, 10), nn.Linear(10, 10), reads_second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.fc1(x))
+        return nn.functional.linear(x, self.fc2.weight) if self.reads_second else self.fc2(x)
+
+
+@pytest.mark.parametrize("reads_second", [False, True])
+def test_digits_in_the_names_of_layers_are_no_indices(reads_second):
+    """A dropped block is no fault, though none of its layers is called; a layer that no block calls is one."""
+    blocks = nn.ModuleList(Block(reads_second) for _ in range(3))
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(*blocks), make_config(target_modules=["fc1", "fc2"]))
+    named = train(model, steps=20, forward=lambda: blocks[2](blocks[0](torch.randn(8, 10))))
+    assert named == (["'0.fc2', '1.fc2', '2.fc2' "] if reads_second else [])
+
+
 def test_no_warning_at_a_learning_rate_of_zero():
     """Nothing has any importance then, though there are gradients."""
     assert not train(adapt(ReadsWeight(call_all=True), tinit=0), steps=20, lr=0.0)

@@ -113,7 +113,7 @@ def warn_of_uncalled_layers(
 ) -> None:
     """
     Warn of layers that have got no gradient by the first allocation. A layer counts as called if another whose name
-    differs in the last number is: an expert may have seen no token, and a layer may have been dropped.
+    differs only in indices is: an expert may have seen no token, and a layer may have been dropped.
 
     Args:
         layers (`dict[str, nn.Module]`): The adapted layers by their names in the model.
@@ -124,7 +124,7 @@ def warn_of_uncalled_layers(
     for name, layer in layers.items():
         factors = {part: getattr(layer, part)[adapter_name] for part in FACTORS}
         if any(factor.requires_grad for factor in factors.values()):
-            called[re.sub(r"\d+(?!.*\d)", "*", name)][name] = any(
+            called[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)][name] = any(
                 factor.grad is not None or bool(averages[f"{name}.{part}.{adapter_name}"].any())
                 for part, factor in factors.items()
             )
