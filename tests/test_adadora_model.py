@@ -503,6 +503,20 @@ class TestDtypes:
         assert {p.device.type for name, p in model.named_parameters() if "lora_" in name} == {"meta"}
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_added_with_the_config_in_training_is_a_frozen_copy(low_cpu_mem_usage):
+    model = make_peft_mlp()
+    train(model, steps=8)
+    x = torch.randn(5, 10)
+    expected = model(x)
+    model.add_adapter("ref", model.peft_config["default"], low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not any(param.requires_grad for name, param in model.named_parameters() if name.endswith(".ref"))
+    train(model)
+    assert not torch.equal(model(x), expected)
+    model.set_adapter("ref")
+    assert torch.equal(model(x), expected)
+
+
 class TestCastsOfTheModel:
     """A cast of the model is a cast of what it computes with; learned magnitudes keep their values."""
 

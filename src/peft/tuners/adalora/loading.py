@@ -58,9 +58,10 @@ def keep_triplets(layer: nn.Module, adapter_name: str, kept: list[bool] | torch.
 
 
 def copy_adapter(layer: nn.Module, source: str, adapter_name: str) -> None:
-    """Give an adapter the weights and the rank of another one of its layer."""
-    for part in WEIGHTS:
-        getattr(layer, part)[adapter_name].data = getattr(layer, part)[source].data.clone()
+    """Give a frozen adapter the weights and the rank of another one of its layer."""
+    for part in (*WEIGHTS, "ranknum"):
+        values = getattr(layer, part)[source].detach().clone()
+        getattr(layer, part)[adapter_name] = nn.Parameter(values, requires_grad=False)
     layer.r[adapter_name] = layer.r[source]
 
 
