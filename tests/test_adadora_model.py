@@ -517,6 +517,21 @@ def test_an_adapter_added_with_the_config_in_training_is_a_frozen_copy(low_cpu_m
     assert torch.equal(model(x), expected)
 
 
+def cast_each_module(model: PeftModel) -> PeftModel:
+    """As loops that cast all modules but norms do; the dictionaries of parameters are modules, too."""
+    for module in model.modules():
+        module.to(torch.bfloat16)
+    return model
+
+
+def cast_by_swapping(model: PeftModel) -> PeftModel:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return model.half()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 class TestCastsOfTheModel:
     """A cast of the model is a cast of what it computes with; learned magnitudes keep their values."""
 
@@ -530,6 +545,8 @@ class TestCastsOfTheModel:
             lambda model: model.bfloat16().float(),
             lambda model: model.half().to(torch.bfloat16).double(),
             lambda model: copy.deepcopy(model).bfloat16(),
+            cast_each_module,
+            cast_by_swapping,
         ],
     )
     def test_magnitudes_keep_their_values(self, cast):

@@ -313,6 +313,14 @@ def test_a_fresh_adapter_does_not_change_the_output(kind):
         assert relative_error(model(x), base(x)) < kind.eval_error
 
 
+def test_learned_magnitudes_keep_their_values_through_a_cast(kind):
+    layer = layer_of(make_model(kind))
+    learned = layer.lora_magnitude["default"].clone()
+    layer.bfloat16()
+    assert torch.equal(layer.lora_magnitude["default"], learned)
+    assert layer.lora_A["default"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_the_merged_weight_is_the_exact_one_as_far_as_its_storage_allows(kind, merge):
     model = make_model(kind).eval()

@@ -237,6 +237,18 @@ def test_magnitudes_learn_in_trl_which_casts_adapters_of_quantized_models_to_bfl
             assert (param != before[name]).float().mean() > 0.9, name
 
 
+@pytest.mark.parametrize("option, dtype", [("bf16_full_eval", torch.bfloat16), ("fp16_full_eval", torch.float16)])
+def test_an_evaluation_in_low_precision_leaves_the_learned_magnitudes(option, dtype, tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=RandomTokens(), **{option: True})
+    trainer.train()
+    learned = {name: param.clone() for name, param in trainer.model.named_parameters() if "lora_magnitude" in name}
+    trainer.evaluate()
+    assert trainer.model.base_model.model.lm_head.weight.dtype == dtype
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(make_llama(), tmp_path)
+    assert all(torch.equal(loaded.get_parameter(name), value) for name, value in learned.items())
+
+
 class TestAfterTraining:
     @pytest.fixture(scope="class")
     @staticmethod

@@ -41,6 +41,18 @@ from .variants import AdaDoraConv2dVariant, AdaDoraLinearVariant
 __all__ = ["AdaLoraLayer", "RankAllocator", "SVDConv2d", "SVDLinear"]
 
 
+class Magnitudes(nn.ParameterDict):
+    """The magnitudes of a layer. A cast to a lower precision than float32 leaves them as they are."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Magnitudes":
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            is_rounded = applied.dtype.itemsize < min(4, tensor.dtype.itemsize)
+            return tensor.to(applied.device) if is_rounded else applied
+
+        return super()._apply(apply, recurse)
+
+
 class AdaLoraLayer(stock.AdaLoraLayer):
     """PEFT's AdaLoRA layer with magnitudes: `lora_magnitude` holds one of shape (out, 1) for each AdaDoRA adapter."""
 
@@ -58,7 +70,7 @@ class AdaLoraLayer(stock.AdaLoraLayer):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: AdaLoraConfig, **kwargs) -> None:
         if not hasattr(self, "lora_magnitude"):
             # here and not in `__init__`, because the constructors of PEFT's layers call that of PEFT's AdaLoraLayer
-            self.lora_magnitude = nn.ParameterDict({})
+            self.lora_magnitude = Magnitudes({})
         if config.use_dora_adaptive:
             check_magnitude_support(self.get_base_layer())
             self.quantization_backend = self.quantization_backend or resolve_backend(self.get_base_layer())
@@ -109,17 +121,6 @@ class AdaLoraLayer(stock.AdaLoraLayer):
     def train(self, mode: bool = True) -> "AdaLoraLayer":
         invalidate(self)  # as PEFT's DoRA does
         return nn.Module.train(self, mode)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "AdaLoraLayer":
-        """Moves and casts the layer. A cast to a lower precision than float32 leaves the magnitudes as they are."""
-        before = {name: magnitude.data for name, magnitude in self.lora_magnitude.items()}
-        nn.Module._apply(self, fn, recurse)
-        for name, magnitude in self.lora_magnitude.items():
-            if magnitude.dtype.itemsize < min(4, before[name].dtype.itemsize):
-                magnitude.data = before[name].to(magnitude.device)
-                if magnitude.grad is not None:
-                    magnitude.grad.data = magnitude.grad.data.to(magnitude.dtype)
-        return self
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """
@@ -185,7 +186,7 @@ class AdaDoraForward:
     """
 
     # PEFT's layers of bitsandbytes derive from our AdaLoraLayer behind nn.Module
-    train, _apply = AdaLoraLayer.train, AdaLoraLayer._apply
+    train = AdaLoraLayer.train
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         adapter_name = self.adadora_adapter_in_use()
