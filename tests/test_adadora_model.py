@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from peft import (
     AdaLoraConfig,
     PeftConfig,
     PeftModel,
+    cast_mixed_precision_params,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -598,6 +600,18 @@ class TestCastsOfTheModel:
         assert output.dtype == merged.first.weight.dtype == dtype
         assert relative_error(output, expected) < 2e-2
         assert relative_error(merged(X.to(dtype)), expected) < 2e-2
+
+    def test_saving_magnitudes_that_were_rounded_through_data_warns(self, tmp_path):
+        model = make_peft_mlp()
+        train(model)
+        cast_mixed_precision_params(model, torch.bfloat16)  # what is trained becomes float32
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "The magnitudes of the adapter")
+            model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(make_mlp(), tmp_path)
+        cast_mixed_precision_params(model, torch.bfloat16)  # a loaded adapter is not trained
+        with pytest.warns(UserWarning, match="magnitudes of the adapter 'default' have been cast to torch.bfloat16"):
+            model.save_pretrained(tmp_path)
 
     def test_magnitudes_that_the_user_wants_in_low_precision_stay_so(self):
         base = make_mlp(dtype=torch.bfloat16)

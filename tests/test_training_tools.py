@@ -9,7 +9,14 @@ from huggingface_hub import ModelCard
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_arguments, make_llama, make_trainer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer
 
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.adalora import AdaLoraCallback
 
@@ -247,6 +254,28 @@ def test_an_evaluation_in_low_precision_leaves_the_learned_magnitudes(option, dt
     trainer.save_model()
     loaded = PeftModel.from_pretrained(make_llama(), tmp_path)
     assert all(torch.equal(loaded.get_parameter(name), value) for name, value in learned.items())
+
+
+def test_the_callback_says_that_a_cast_has_rounded_learned_magnitudes(tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    make_llama().save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization, device_map="cpu")
+    model = get_peft_model(base, make_adalora_config())
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    assert isinstance(layer.get_base_layer(), bnb.nn.Linear4bit)
+    weights = {key: 1.001 * value for key, value in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, weights)
+    learned = layer.lora_magnitude["default"].clone()
+    for param in model.parameters():  # as TRL does
+        if param.requires_grad:
+            param.data = param.data.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="had been trained were cast to torch.bfloat16"):
+        Trainer(model, make_arguments(tmp_path / "run"), train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()])
+    assert layer.lora_magnitude["default"].dtype == torch.float32
+    assert not torch.equal(layer.lora_magnitude["default"], learned)
+    set_peft_model_state_dict(model, weights)  # as the warning says
+    assert torch.equal(layer.lora_magnitude["default"], learned)
 
 
 class TestAfterTraining:

@@ -14,6 +14,7 @@
 
 """The weights of an adapter as they are saved and loaded: ranks come from E and from shapes, and from nothing else."""
 
+import warnings
 from typing import Optional
 
 import torch
@@ -80,6 +81,7 @@ def weights_to_save(state_dict: Weights, model: nn.Module, config: AdaLoraConfig
                 saved[key] = given[key]
             elif adapter_name in getattr(layer, part):
                 saved[key] = gather_full(getattr(layer, part)[adapter_name])
+    warn_of_rounded_magnitudes(saved, adapter_name)
     kept = triplets_to_save({name: saved[f"{name}.lora_E.{adapter_name}"] for name in layers}, config, adapter_name)
     for name, mask in kept.items():
         indices = torch.as_tensor(mask).nonzero().view(-1)
@@ -88,6 +90,16 @@ def weights_to_save(state_dict: Weights, model: nn.Module, config: AdaLoraConfig
             if saved[key].shape[dim] == len(mask) != len(indices):
                 saved[key] = saved[key].index_select(dim, indices.to(saved[key].device))
     return saved
+
+
+def warn_of_rounded_magnitudes(weights: Weights, adapter_name: str) -> None:
+    """Warn if magnitudes to save are in a low precision, to which writes through `.data` and DeepSpeed cast them."""
+    for dtype in {value.dtype for key, value in weights.items() if key.endswith(f".lora_magnitude.{adapter_name}")}:
+        if dtype.itemsize < 4:
+            warnings.warn(
+                f"The magnitudes of the adapter {adapter_name!r} have been cast to {dtype}, which rounds away small "
+                "changes that they learn; keep these parameters in float32, in training and until they are saved."
+            )
 
 
 def triplets_to_save(values_of_E: Weights, config: AdaLoraConfig, adapter_name: str) -> dict[str, list[bool]]:

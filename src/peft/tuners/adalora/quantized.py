@@ -19,6 +19,7 @@ by one.
 """
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import Any, Optional
 
@@ -72,7 +73,8 @@ def learn_how_to_quantize(model: nn.Module, layers: Iterable[nn.Module]) -> None
 def upcast_magnitudes(module: nn.Module) -> None:
     """
     Make magnitudes over a quantized weight float32 that were cast to a low precision, in which the steps of an
-    optimizer are lost. TRL's trainers cast them (https://github.com/huggingface/trl/issues/7268).
+    optimizer are lost. TRL's trainers cast them (https://github.com/huggingface/trl/issues/7268). Warn if they had
+    learned, because the cast has rounded that.
     """
     is_quantized = getattr(module, "quantization_backend", None) is not None
     for magnitude in getattr(module, "lora_magnitude", nn.ParameterDict()).values() if is_quantized else ():
@@ -80,6 +82,11 @@ def upcast_magnitudes(module: nn.Module) -> None:
             norm = base_row_norm(module)
             # If the cast value equals the rounded initial norm, restore that norm exactly.
             is_rounded = norm.to(magnitude.dtype) == magnitude
+            if not is_rounded.all():
+                warnings.warn(
+                    f"Magnitudes that had been trained were cast to {magnitude.dtype}, which rounded them; load the "
+                    "adapter's weights again after the Trainer is made, with `set_peft_model_state_dict`."
+                )
             magnitude.data = torch.where(is_rounded, norm, magnitude.float())
 
 
