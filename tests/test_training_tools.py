@@ -330,6 +330,11 @@ class TestAfterTraining:
         trained.save_pretrained(tmp_path)
         assert (tmp_path / "README.md").read_text().rstrip() == once.rstrip()
 
+    def test_a_readme_that_is_no_model_card_is_left_alone(self, tmp_path):
+        (tmp_path / "README.md").write_text("My project\n")
+        make_adalora_config().save_pretrained(tmp_path)
+        assert (tmp_path / "README.md").read_text() == "My project\n"
+
     def test_the_model_card_of_plain_adalora_is_pefts(self, tmp_path):
         get_peft_model(make_llama(), make_adalora_config(use_dora_adaptive=False)).save_pretrained(tmp_path)
         assert "AdaDoRA" not in (tmp_path / "README.md").read_text()

@@ -74,12 +74,12 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         super().__post_init__()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's method. A model card in the folder gets a section on how to use an AdaDoRA adapter."""
+        """PEFT's method. PEFT's model card in the folder gets a section on how to use an AdaDoRA adapter."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")
         if self.use_dora_adaptive and card.is_file():
             text = card.read_text(encoding="utf-8")
-            if CARD_SECTION not in text:
+            if "library_name: peft" in text and CARD_SECTION not in text:
                 card.write_text(f"{text.rstrip()}\n\n{CARD_SECTION}\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
