@@ -331,7 +331,7 @@ class TestLaunches:
         assert price(10**4, 10**4, torch.float32) == pytest.approx(2e12 / 10e12)
         assert price(10**4, 1, torch.float32) == pytest.approx(4 * (10**8 + 2 * 10**4) / 1e12)
 
-    @pytest.mark.parametrize("kind, most", [("bfloat16", 474), ("float32", 394), ("4-bit", 488)])
+    @pytest.mark.parametrize("kind, most", [("bfloat16", 481), ("float32", 394), ("4-bit", 495)])
     def test_a_layer_takes_no_more_of_them_at_any_size(self, bench, kind, most):
         if kind == "4-bit":
             pytest.importorskip("bitsandbytes")
