@@ -482,6 +482,16 @@ def is_called_keys(adapters: Adapters) -> bool:
     return True
 
 
+@row("loading into a base model with fewer layers")
+def loads_into_a_smaller_model(adapters: Adapters) -> bool:
+    base = make_model()
+    del base.down
+    with tempfile.TemporaryDirectory() as folder:
+        adapters.fresh().save_pretrained(folder)
+        PeftModel.from_pretrained(base, folder)
+    return False  # the weights of that layer have been left out
+
+
 @row("`target_r` above `init_r`")
 def prunes_upwards(adapters: Adapters) -> bool:
     train(adapters.fresh(target_r=8))

@@ -12,9 +12,11 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer
 from peft import (
     LoraConfig,
     PeftModel,
+    convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
     prepare_model_for_kbit_training,
+    save_as_lora,
     set_peft_model_state_dict,
 )
 from peft.optimizers import create_loraplus_optimizer
@@ -276,6 +278,24 @@ def test_the_callback_says_that_a_cast_has_rounded_learned_magnitudes(tmp_path):
     assert not torch.equal(layer.lora_magnitude["default"], learned)
     set_peft_model_state_dict(model, weights)  # as the warning says
     assert torch.equal(layer.lora_magnitude["default"], learned)
+
+
+@pytest.mark.parametrize("layers, words", [(1, "for which the model has no place"), (3, "is missing from the")])
+def test_an_adapter_of_a_model_with_other_layers_is_refused(layers, words, tmp_path):
+    get_peft_model(make_llama(), make_adalora_config()).save_pretrained(tmp_path)
+    config = make_llama().config
+    config.num_hidden_layers = layers
+    with pytest.raises(ValueError, match=words):
+        PeftModel.from_pretrained(LlamaForCausalLM(config), tmp_path)
+
+
+def test_a_conversion_to_lora_is_refused(tmp_path):
+    model = get_peft_model(make_llama(), make_adalora_config())
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, 4)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        save_as_lora(tmp_path / "lora", model, 4)
+    assert not list(tmp_path.glob("lora/*"))
 
 
 class TestAfterTraining:
