@@ -1,6 +1,8 @@
 """Layers whose weight a model reads without calling them, where an adapter has no effect."""
 
+import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +95,91 @@ def test_no_warning_about_a_layer_that_the_user_has_frozen():
     assert not train(model, steps=20)
 
 
+class ReadsInALoss(ReadsWeight):
+    """The same with a loss, to which AdaLoRA's regularization is added, so that all A and B have gradients."""
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=super().forward(x).square().mean())
+
+
+@pytest.mark.parametrize("use_dora_adaptive", [True, False])
+def test_one_warning_names_a_layer_that_has_gradients_from_the_regularization_alone(use_dora_adaptive):
+    model = adapt(ReadsInALoss(), use_dora_adaptive=use_dora_adaptive)
+    assert train(model, steps=20, forward=lambda: model.base_model(torch.randn(8, 10)).loss) == ["'read' "]
+
+
+def test_one_warning_names_all_layers_if_the_regularization_alone_reaches_any():
+    torch.manual_seed(0)
+    model = get_peft_model(ReadsInALoss(), make_config(target_modules=["read"]))
+    assert train(model, steps=20, forward=lambda: model.base_model(torch.randn(8, 10)).loss) == ["'read' "]
+
+
+class Mixture(nn.Module):
+    """Two blocks of two experts each, of which one sees all tokens, and a last block that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "experts": nn.ModuleDict(
+                        {
+                            f"expert_{index}": nn.ModuleDict({"w1": nn.Linear(10, 10), "w2": nn.Linear(10, 10)})
+                            for index in range(2)
+                        }
+                    )
+                }
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, block in enumerate(self.blocks[:-1]):
+            expert = block["experts"][f"expert_{index}"]
+            x = x + nn.functional.linear(expert["w2"](torch.tanh(x)), expert["w1"].weight)
+        return x
+
+
+def test_experts_are_named_only_if_none_of_their_block_gets_a_gradient():
+    """Names that end in numbers are no experts: w1 is never called, and w2 is."""
+    torch.manual_seed(0)
+    model = get_peft_model(Mixture(), make_config(target_modules=["w1", "w2"]))
+    (named,) = train(model, steps=20)
+    experts = [f"experts.expert_{index}" for index in range(2)]
+    never_called = [f"blocks.{block}.{expert}.w1" for block in range(3) for expert in experts]
+    unused = [f"blocks.2.{expert}.w2" for expert in experts]
+    assert sorted(named.rstrip().split(", ")) == sorted(map(repr, never_called + unused))
+
+
+def test_a_block_that_the_model_does_not_use_is_named():
+    """As the last layer of an encoder of which the one before it is read."""
+    torch.manual_seed(0)
+    model = get_peft_model(Stack(), make_config(target_modules=["fc1", "fc2"]))
+    assert train(model, steps=20) == ["'blocks.2.fc1', 'blocks.2.fc2' "]
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        block = {"fc1": nn.Linear(10, 10), "fc2": nn.Linear(10, 10)}
+        self.blocks = nn.ModuleList(copy.deepcopy(nn.ModuleDict(block)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks[:-1]:
+            x = x + block["fc2"](torch.tanh(block["fc1"](x)))
+        return x
+
+
+def test_the_warning_comes_after_a_resume_too():
+    """All singular values are trained then, so no triplet counts as pruned."""
+    torch.manual_seed(0)
+    model = adapt(ReadsWeight())
+    for layer in svd_layers(model).values():
+        train_by_hand(layer)
+    model.base_model.rankallocator.read_kept(model.base_model.model)
+    assert train(model, steps=20) == ["'read' "]
+
+
 def test_without_any_gradient_the_error_names_the_cause():
     model = adapt(ReadsWeight())
     with pytest.raises(ValueError, match="adapt layers that the model calls"):
@@ -104,7 +191,7 @@ def test_mamba_names_its_dt_proj():
     base = MambaForCausalLM(MambaConfig(vocab_size=20, hidden_size=8, state_size=4, num_hidden_layers=2))
     model = get_peft_model(base, make_config(target_modules=["in_proj", "dt_proj"], tinit=1))
     tokens = torch.arange(10).view(1, -1)
-    (named,) = train(model, steps=3, forward=lambda: model(tokens).logits)
+    (named,) = train(model, steps=3, forward=lambda: model(tokens, labels=tokens).loss)
     assert named.count("dt_proj") == 2
     assert "in_proj" not in named
 
@@ -133,10 +220,11 @@ class Encoder(nn.Module):
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("is_masked", [False, True])
-@pytest.mark.parametrize("targets", [["linear1", "linear2"], ["linear2"]], ids=["both", "one"])
-def test_an_encoder_of_torch_predicts_with_the_adapter_in_eval_mode(targets, is_masked, norm_first):
+@pytest.mark.parametrize("targets", [["linear1", "linear2"], ["linear2"], ["1.linear1"]], ids=["both", "one", "last"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_encoder_of_torch_predicts_with_the_adapter_in_eval_mode(mixed, targets, is_masked, norm_first):
     torch.manual_seed(0)
-    model = get_peft_model(Encoder(norm_first), make_config(target_modules=targets))
+    model = get_peft_model(Encoder(norm_first), make_config(target_modules=targets), mixed=mixed)
     for layer in svd_layers(model).values():
         train_by_hand(layer)
     x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False, False, False, True, True]])

@@ -161,7 +161,7 @@ class RankAllocator(stock.RankAllocator):
         """
         if not self.exp_avg_ipt:
             return None
-        if self.kept is None:
+        if self.kept is None or (budget < self.init_bgt and not self._is_pruned()):  # the first since a resume, too
             warn_of_uncalled_layers(adapted_layers(model, self.adapter_name), self.adapter_name, self.exp_avg_ipt)
         kept = keep_most_important(self._triplet_scores(), budget)
         self.kept = {name % "lora_E": mask for name, mask in zip(self.name_set, kept)}

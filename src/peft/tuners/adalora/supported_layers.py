@@ -124,7 +124,9 @@ def avoid_fast_path(model: nn.Module) -> None:
     is not taken where a layer has a hook.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(layer, BaseTunerLayer) for layer in module.modules()
+        ):
             module.use_nested_tensor = False  # only the fast path computes with nested tensors
         for layer in module.children() if isinstance(module, nn.TransformerEncoderLayer) else ():
             if isinstance(layer, BaseTunerLayer) and _do_nothing not in layer._forward_pre_hooks.values():

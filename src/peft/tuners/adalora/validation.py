@@ -46,6 +46,9 @@ UNREAD_OPTIONS = [
     "velora_config",
 ]
 
+# the number of an expert in names such as `experts.3.up_proj` and `experts.expert_3.wi`
+EXPERT = re.compile(r"(expert[^\d.]*(?:\.(?:expert[^\d.]*)?)?)\d+")
+
 
 def check_name(adapter_name: str) -> None:
     """Raise a `ValueError` if torch does not allow the name of an adapter as the name of a parameter."""
@@ -112,8 +115,8 @@ def warn_of_uncalled_layers(
     layers: dict[str, nn.Module], adapter_name: str, averages: dict[str, torch.Tensor]
 ) -> None:
     """
-    Warn of layers that have got no gradient by the first allocation. A layer counts as called if another whose name
-    differs only in indices is: an expert may have seen no token, and a layer may have been dropped.
+    Warn of layers that have got no gradient by the first allocation. The experts of a mixture count as one layer,
+    because some may have seen no token.
 
     Args:
         layers (`dict[str, nn.Module]`): The adapted layers by their names in the model.
@@ -123,17 +126,20 @@ def warn_of_uncalled_layers(
     called = defaultdict(dict)
     for name, layer in layers.items():
         factors = {part: getattr(layer, part)[adapter_name] for part in FACTORS}
-        if any(factor.requires_grad for factor in factors.values()):
-            called[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)][name] = any(
+        trained = {part: factor for part, factor in factors.items() if factor.requires_grad}
+        if "lora_E" in trained:  # A and B get gradients from the regularization without a forward pass
+            trained = {"lora_E": trained["lora_E"]}
+        if trained:
+            called[EXPERT.sub(r"\1*", name)][name] = any(
                 factor.grad is not None or bool(averages[f"{name}.{part}.{adapter_name}"].any())
-                for part, factor in factors.items()
+                for part, factor in trained.items()
             )
     uncalled = [name for group in called.values() if not any(group.values()) for name in group]
-    if 0 < len(uncalled) < len(layers):
+    if uncalled:
         warnings.warn(
-            f"{', '.join(map(repr, uncalled))} got no gradient before the first allocation, so the adapter has no "
-            "effect there and its ranks will be pruned. The model may read the weight of the layer without calling "
-            "it, or may not use the layer; leave it out of `target_modules`."
+            f"{', '.join(map(repr, uncalled))} got no gradient before the first allocation, so these layers lose "
+            "their ranks first. If the model reads the weight of a layer without calling it, or does not use the "
+            "layer, the adapter has no effect there; leave it out of `target_modules`."
         )
 
 

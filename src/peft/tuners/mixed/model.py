@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..adalora.layer import AdaLoraLayer
 from ..adalora.merging import check_merge
+from ..adalora.supported_layers import avoid_fast_path
 from ..adalora.validation import check_sole_adapter
 from . import stock_model as stock
 from .stock_model import *
@@ -31,6 +32,11 @@ from .stock_model import *
 
 class MixedModel(stock.MixedModel):
     __doc__ = stock.MixedModel.__doc__
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        if any(getattr(module, "use_dora_adaptive", False) for module in model.modules()):
+            avoid_fast_path(model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         self._check_active(adapter_name)
