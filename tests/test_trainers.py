@@ -178,22 +178,30 @@ def test_a_model_that_has_its_adapter_is_trained_beside_a_frozen_copy_of_it(meth
             pretrained.base_model.update_and_allocate(step)
         optimizer.zero_grad()
     pretrained.save_pretrained(tmp_path / "adapter")
-    model = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter", is_trainable=True)
     tokens = RandomTokens()[5]["input_ids"][None]
-    model.eval()
+    rows, options = WITH_REFERENCE[method]
+
+    def make(folder: Path) -> Trainer:
+        model = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter", is_trainable=True)
+        return getattr(trl, f"{method}Trainer")(
+            model=model,
+            args=getattr(trl, f"{method}Config")(str(folder), **{**ARGUMENTS, "save_steps": 9, **options}),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=make_tokenizer(),
+            callbacks=[] if is_pruned else [AdaLoraCallback()],
+            **({"reward_funcs": [different_words]} if method == "GRPO" else {}),
+        )
+
+    model = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter").eval()
     with torch.no_grad():
         expected = model(tokens).logits
-
-    rows, options = WITH_REFERENCE[method]
-    trainer = getattr(trl, f"{method}Trainer")(
-        model=model,
-        args=getattr(trl, f"{method}Config")(str(tmp_path / "run"), **{**ARGUMENTS, "save_steps": 100, **options}),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-        callbacks=[] if is_pruned else [AdaLoraCallback()],
-        **({"reward_funcs": [different_words]} if method == "GRPO" else {}),
-    )
+    trainer = make(tmp_path / "run")
     trainer.train()
+    if not is_pruned:
+        shutil.copytree(tmp_path / "run" / "checkpoint-9", tmp_path / "resumed" / "checkpoint-9")
+        resumed = make(tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=True)
+        assert all(torch.equal(adapter_of(resumed)[key], value) for key, value in adapter_of(trainer).items())
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     assert model.active_adapters == ["default"]
     with torch.no_grad():
