@@ -142,7 +142,7 @@ def _config_of_run(config: AdaLoraConfig, total_step: int) -> AdaLoraConfig:
 
 
 def magnitude_drift(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:
-    """The relative change of each magnitude since it was initialized, without rows whose base weight is zero."""
+    """|m − ‖W‖| / ‖W‖ of each row (out), without rows whose base weight is zero."""
     norm = base_row_norm(layer)
     return ((gather_full(layer.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm)[norm > 0]
 
