@@ -313,6 +313,15 @@ def test_a_fresh_adapter_does_not_change_the_output(kind):
         assert relative_error(model(x), base(x)) < kind.eval_error
 
 
+def test_an_adapter_that_starts_with_an_update_has_factors_of_one(kind):
+    model = make_model(kind, trained=False, init_lora_weights=False)
+    reference = reference_of(kind, layer_of(model))
+    assert relative_error(reference.magnitude, reference.row_norm()) < 1e-6
+    assert relative_error(reference.row_norm(), reference.weight.norm(dim=1, keepdim=True)) > 0.1
+    scale = scale_of(layer_of(model))
+    assert torch.equal(scale, torch.ones_like(scale))
+
+
 def test_learned_magnitudes_keep_their_values_through_a_cast(kind):
     layer = layer_of(make_model(kind))
     learned = layer.lora_magnitude["default"].clone()
