@@ -1,15 +1,24 @@
 """The patches that are proposed to PEFT, and the source tree with them.
 
+    python upstream/series.py --update    write `series/adadora/peft.patch` anew, after changes in `src/`
+
 - `series/fixes/<name>/peft.patch` mends one bug of AdaLoRA in PEFT as it is, alone.
 - `series/adadora/peft.patch` edits PEFT's own files for AdaDoRA. Our modules that PEFT lacks come beside them whole,
   in the form that they have in `src/`.
+
+The update merges what has changed in our subclasses since the patch was written into PEFT's files, as `git merge`
+does. A change that cannot be merged stays in `build/update` with conflict markers; resolve it there, and update again.
 """
 
+import argparse
+import ast
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 
@@ -18,6 +27,8 @@ ROOT = HERE.parent
 FIXES = HERE / "series" / "fixes"
 ADADORA = HERE / "series" / "adadora"
 PEFT = Path("src", "peft")
+# of PEFT's pyproject.toml, which is not installed with it
+STYLE = ["--line-length=119", "--config=lint.isort={lines-after-imports=2, known-first-party=['peft']}"]
 
 
 def fixes() -> list[Path]:
@@ -25,18 +36,30 @@ def fixes() -> list[Path]:
     return sorted(path.parent for path in FIXES.glob("*/peft.patch"))
 
 
+def blob(content: bytes) -> str:
+    """The name that git gives to the content of a file."""
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+
+
 def apply(tree: Path, patch: Path) -> None:
     """
     Apply a patch to a source tree of PEFT. Raises a `SystemExit` if a file differs from the one that the patch was
     made for; nothing has changed then.
     """
-    for name, blob in re.findall(r"^diff --git a/(\S+) .*\nindex (\w+)\.\.", patch.read_text(), re.MULTILINE):
+    for name, before in re.findall(r"^diff --git a/(\S+) .*\nindex (\w+)\.\.", patch.read_text(), re.MULTILINE):
         content = (tree / name).read_bytes() if (tree / name).exists() else b""
-        if hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest() != blob:
+        if blob(content) != before:
             raise SystemExit(f"{patch.relative_to(HERE)} is not made for this {name}; nothing has changed")
     # outside of any repository, or git takes the paths as those of the repository that the tree is in
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
     subprocess.run(["git", "apply", str(patch)], cwd=tree, env=environment, check=True)
+
+
+def installed(tree: Path) -> None:
+    """Make `tree` the source tree of the installed PEFT."""
+    shutil.rmtree(tree, ignore_errors=True)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(distribution("peft").locate_file("peft"), tree / PEFT, ignore=ignore)
 
 
 def new_modules(stock: Path) -> list[Path]:
@@ -56,3 +79,130 @@ def build(stock: Path, tree: Path) -> None:
         imports = re.compile(r"(^from \. import .*\n)+", re.MULTILINE)
         code = imports.sub(lambda found: "".join(sorted(found[0].splitlines(keepends=True))), code)
         (tree / path).write_text(code)
+
+
+# --- update
+
+
+def made_of(patch: Path) -> dict[str, str]:
+    """Our modules that a patch was made of, and the blobs that they were."""
+    return {
+        name: name_of_blob
+        for name_of_blob, name in re.findall(r"^made of (\w+) (\S+)", patch.read_text(), re.MULTILINE)
+    }
+
+
+def imports_of(code: str) -> dict[str, ast.ImportFrom]:
+    """The statements `from … import …` of a module by the names that they bind, but those of the overlay."""
+    statements = [node for node in ast.parse(code).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    found = {}
+    for node in statements:
+        for alias in node.names:
+            only = ast.ImportFrom(node.module, [alias], node.level) if isinstance(node, ast.ImportFrom) else None
+            statement = ast.unparse(only or ast.Import([alias]))
+            if "stock" not in statement:
+                found[statement] = node
+    return found
+
+
+def without_imports(code: str, statements: set[str]) -> str:
+    """A module without some of the names that its statements import."""
+    lines = code.splitlines(keepends=True)
+    found = imports_of(code)
+    for node in {found[statement] for statement in statements & found.keys()}:
+        rest = [
+            statement + "\n" for statement, other in found.items() if other is node and statement not in statements
+        ]
+        lines[node.lineno - 1 : node.end_lineno] = ["".join(rest)] + [""] * (node.end_lineno - node.lineno)
+    return "".join(lines)
+
+
+def merge(edited: Path, old: str, new: str) -> bool:
+    """
+    Merge what has changed between two versions of our module into the file of PEFT with its edits. Returns whether it
+    could be merged. Imports are merged name by name, because their lines stand close together.
+    """
+    before, after = imports_of(old).keys(), imports_of(new).keys()
+    edited.write_text(without_imports(edited.read_text(), before - after))
+    versions = {edited.with_suffix(".old"): old, edited.with_suffix(".new"): new}
+    for path, version in versions.items():
+        path.write_text(without_imports(version, before | after))
+    labels = ["-L", "PEFT with AdaDoRA", "-L", "before", "-L", "src"]
+    merged = subprocess.run(["git", "merge-file", *labels, edited, *versions], check=False).returncode == 0
+    for path in versions:
+        path.unlink()
+    code = edited.read_text()
+    used = [line for line in sorted(after - before) if re.search(rf"\b{line.split()[-1]}\b", code)]
+    edited.write_text(
+        re.sub(r"^(?=import|from)", "".join(line + "\n" for line in used), code, count=1, flags=re.MULTILINE)
+    )
+    return merged
+
+
+def has_conflicts(path: Path) -> bool:
+    return re.search(r"^(<<<<<<<|>>>>>>>) ", path.read_text(), re.MULTILINE) is not None
+
+
+def write_patch(before: Path, after: Path, ours: Path, names: list[str]) -> None:
+    """Write the patch between two source trees, headed by the blobs of our modules that it is made of."""
+    head = "".join(f"made of {blob((ours / name).read_bytes())} {name}\n" for name in names)
+    diffs = []
+    for name in names:
+        command = ["git", "diff", "--no-index", "--full-index", "--unified=3", before / name, after / name]
+        diff = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        diffs.append(diff.replace(f"a{before}/", "a/").replace(f"b{before}/", "b/").replace(f"b{after}/", "b/"))
+    (ADADORA / "peft.patch").write_text(head + "\n" + "".join(diffs))
+
+
+def merge_all(ours: Path, tree: Path) -> None:
+    """Make `tree` the source tree of the installed PEFT with the patch and with what has changed in `ours` since."""
+    installed(tree)
+    apply(tree, ADADORA / "peft.patch")
+    versions = made_of(ADADORA / "peft.patch")
+    for path in sorted((ours / PEFT).rglob("*.py")):
+        name = str(path.relative_to(ours))
+        if name not in versions:  # a new override
+            with (tree / name).open("a") as file:
+                file.write(f"<<<<<<< PEFT with AdaDoRA\n=======\n{path.read_text()}>>>>>>> src\n")
+            continue
+        show = ["git", "cat-file", "blob", versions[name]]
+        old = subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=False)
+        if old.returncode:
+            raise SystemExit(f"the history lacks blob {versions[name]} of {name}, which the patch is made of")
+        merge(tree / name, old.stdout, path.read_text())
+
+
+def update(folder: Path) -> None:
+    """Write the patch of AdaDoRA anew. Raises a `SystemExit` if a change has to be merged by hand in `folder`."""
+    before, after, ours = folder / "before", folder / "after", folder / "ours"
+    if not folder.exists():
+        installed(before)
+        for path in (path.relative_to(ROOT) for path in sorted((ROOT / PEFT).rglob("*.py"))):
+            if (before / path).exists():
+                (ours / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / path, ours / path)
+        try:
+            merge_all(ours, after)
+        except SystemExit:
+            shutil.rmtree(folder)
+            raise
+    names = [str(path.relative_to(ours)) for path in sorted(ours.rglob("*.py"))]
+    conflicts = [str(after / name) for name in names if has_conflicts(after / name)]
+    if conflicts:
+        raise SystemExit("resolve the conflicts, then update again: " + ", ".join(conflicts))
+    for arguments in (["check", "--fix", "--exit-zero", "--select=F401,I001"], ["format"]):
+        command = [sys.executable, "-m", "ruff", *arguments, "--quiet", "--no-cache", "--isolated"]
+        subprocess.run([*command, *STYLE, *(after / name for name in names)], check=True)
+    write_patch(before, after, ours, names)
+    shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", required=True, help="write the patch of AdaDoRA anew")
+    parser.parse_args()
+    update(ROOT / "build" / "update")
+
+
+if __name__ == "__main__":
+    main()
