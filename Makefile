@@ -11,8 +11,8 @@ CORE := adadora_guards adadora_math adadora_model exactness layer_kinds optimize
 	rank_allocator scale_cache skipped_steps state uncalled_layers
 CHECKS := matrix upstream-check mutants engines soak
 
-.PHONY: demo test test-core test-project check-all soak engines quality style bench peft-tests upstream-check mutants \
-	matrix compare docs clean
+.PHONY: demo test test-core test-project check-all soak engines quality style bench peft-tests upstream-check fork \
+	mutants matrix compare docs clean
 
 demo: .venv/installed  ## fine-tune MiniLM on BBC news with AdaDoRA
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/news_classification/train.py
@@ -60,6 +60,9 @@ peft-tests: .venv/installed  ## PEFT's own tests for AdaLoRA, with and without u
 
 upstream-check: .venv/installed  ## patch PEFT's source distribution, and run its tests and ours with each patch (an hour)
 	$(BIN)/python upstream/check.py build/upstream
+
+fork: .venv/installed  ## PEFT with AdaDoRA as a branch of commits in build/fork, patches for git am, and a wheel
+	$(BIN)/python upstream/fork.py build/fork
 
 mutants: .venv/installed  ## break the code on purpose, and see that the tests notice
 	$(BIN)/python upstream/mutants.py build/upstream

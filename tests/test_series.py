@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ import mutants
 import series
 
 
-PATCHES = [folder / "peft.patch" for folder in (series.ADADORA, *series.fixes())]
+PATCHES = [folder / "peft.patch" for folder in series.patches()]
 
 
 def files_of(patch: Path) -> list[str]:
@@ -32,9 +31,17 @@ def files_of(patch: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
     """The source tree of the installed PEFT."""
-    tree = tmp_path_factory.mktemp("stock")
-    installed = find_spec("peft").submodule_search_locations[0]
-    shutil.copytree(installed, tree / series.PEFT, ignore=shutil.ignore_patterns("__pycache__"))
+    tree = tmp_path_factory.mktemp("stock") / "tree"
+    series.installed(tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def mended(stock, tmp_path_factory):
+    """The source tree of PEFT with all patches before that of AdaDoRA."""
+    tree = tmp_path_factory.mktemp("mended") / "tree"
+    shutil.copytree(stock, tree)
+    series.add_patches(tree, series.patches()[:-1])
     return tree
 
 
@@ -52,11 +59,17 @@ def patch(request):
 
 
 @pytest.fixture
-def tree(patch, stock, tmp_path):
-    """The files of the installed PEFT that a patch changes."""
+def before(patch, stock, mended):
+    """What a patch is made for: AdaDoRA's for the patches before it, and any other for the installed PEFT."""
+    return mended if patch == PATCHES[-1] else stock
+
+
+@pytest.fixture
+def tree(patch, before, tmp_path):
+    """The files of PEFT that a patch changes."""
     for name in files_of(patch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(stock / name, tmp_path / name)
+        shutil.copy(before / name, tmp_path / name)
     return tmp_path
 
 
@@ -80,7 +93,7 @@ def test_the_whole_has_all_modules_and_no_undefined_names(stock, whole):
     ours = [path.relative_to(ROOT) for path in (ROOT / series.PEFT).rglob("*.py")]
     added = series.new_modules(stock)
     # an override is in the patch, and any other module comes whole
-    assert sorted(map(str, set(ours) - set(added))) == sorted(files_of(PATCHES[0]))
+    assert sorted(map(str, set(ours) - set(added))) == sorted(files_of(PATCHES[-1]))
     assert undefined_names([whole / path for path in ours]) == ""
 
 
@@ -101,11 +114,11 @@ def functions_of(path: Path) -> dict[str, str]:
     return code
 
 
-def test_the_classes_of_peft_have_the_methods_that_ours_add(stock, whole):
+def test_the_classes_of_peft_have_the_methods_that_ours_add(mended, whole):
     # PEFT's layers have a `forward` each; module attributes are passed on by the overlay alone
     left_out = {"AdaDoraForward.forward", "__getattr__"}
-    for name in files_of(PATCHES[0]):
-        ours, before, after = (functions_of(tree / name) for tree in (ROOT, stock, whole))
+    for name in files_of(PATCHES[-1]):
+        ours, before, after = (functions_of(tree / name) for tree in (ROOT, mended, whole))
         added = ours.keys() - before.keys() - left_out
         assert {name: after.get(name) for name in added} == {name: ours[name] for name in added}
 
@@ -141,24 +154,24 @@ def change(path: Path, number: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def test_a_patch_applies_alone_and_leaves_no_undefined_names(patch, tree, stock):
+def test_a_patch_applies_to_what_it_is_made_for_and_leaves_no_undefined_names(patch, tree, before):
     series.apply(tree, patch)
     for name in files_of(patch):
-        assert (tree / name).read_text() != (stock / name).read_text()
+        assert (tree / name).read_text() != (before / name).read_text()
     assert undefined_names([tree / name for name in files_of(patch)]) == ""
 
 
-def test_a_patch_is_refused_where_one_line_of_a_file_differs(patch, tree, stock):
+def test_a_patch_is_refused_where_one_line_of_a_file_differs(patch, tree, before):
     for name in files_of(patch):
         change(tree / name, 1)
-        before = {path: path.read_text() for path in tree.rglob("*.py")}
+        unchanged = {path: path.read_text() for path in tree.rglob("*.py")}
         with pytest.raises(SystemExit, match=re.escape(name)):
             series.apply(tree, patch)
-        assert {path: path.read_text() for path in tree.rglob("*.py")} == before
-        shutil.copy(stock / name, tree / name)
+        assert {path: path.read_text() for path in tree.rglob("*.py")} == unchanged
+        shutil.copy(before / name, tree / name)
 
 
-def test_git_alone_refuses_a_patch_where_a_line_beside_an_edit_differs(patch, tree, stock):
+def test_git_alone_refuses_a_patch_where_a_line_beside_an_edit_differs(patch, tree, before):
     hunks = re.findall(r"^\+\+\+ b/(.*)\n@@ -(\d+)", patch.read_text(), re.MULTILINE)
     for name, number in hunks:
         change(tree / name, int(number) + 2)
@@ -167,7 +180,7 @@ def test_git_alone_refuses_a_patch_where_a_line_beside_an_edit_differs(patch, tr
             ["git", "apply", str(patch)], cwd=tree, env=environment, capture_output=True, check=False
         )
         assert result.returncode == 1 and b"patch does not apply" in result.stderr
-        shutil.copy(stock / name, tree / name)
+        shutil.copy(before / name, tree / name)
 
 
 def test_each_mutant_has_code_to_break_in_both_forms(whole):

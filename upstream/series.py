@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -36,9 +37,33 @@ def fixes() -> list[Path]:
     return sorted(path.parent for path in FIXES.glob("*/peft.patch"))
 
 
+def patches() -> list[Path]:
+    """The folders of all patches, in the order of the series."""
+    return [*fixes(), ADADORA]
+
+
+def message(folder: Path) -> str:
+    """The commit message of a patch: its page, whose title is the subject."""
+    return (folder / "page.md").read_text().removeprefix("# ")
+
+
+def edited_files(patch: Path) -> dict[str, str]:
+    """The files that a patch edits, and the blobs that they must be before."""
+    return dict(re.findall(r"^diff --git a/(\S+) .*\nindex (\w+)\.\.", patch.read_text(), re.MULTILINE))
+
+
 def blob(content: bytes) -> str:
     """The name that git gives to the content of a file."""
     return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+
+
+def differing_files(tree: Path, files: dict[str, str]) -> list[str]:
+    """The files of a tree that are not the given blobs."""
+    return [name for name, name_of_blob in files.items() if name_of_blob != blob_at(tree / name)]
+
+
+def blob_at(path: Path) -> str:
+    return blob(path.read_bytes()) if path.exists() else "0" * 40
 
 
 def apply(tree: Path, patch: Path) -> None:
@@ -46,13 +71,68 @@ def apply(tree: Path, patch: Path) -> None:
     Apply a patch to a source tree of PEFT. Raises a `SystemExit` if a file differs from the one that the patch was
     made for; nothing has changed then.
     """
-    for name, before in re.findall(r"^diff --git a/(\S+) .*\nindex (\w+)\.\.", patch.read_text(), re.MULTILINE):
-        content = (tree / name).read_bytes() if (tree / name).exists() else b""
-        if blob(content) != before:
-            raise SystemExit(f"{patch.relative_to(HERE)} is not made for this {name}; nothing has changed")
+    for name in differing_files(tree, edited_files(patch)):
+        raise SystemExit(f"{patch.relative_to(HERE)} is not made for this {name}; nothing has changed")
     # outside of any repository, or git takes the paths as those of the repository that the tree is in
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
     subprocess.run(["git", "apply", str(patch)], cwd=tree, env=environment, check=True)
+
+
+def patch_files(folder: Path, tree: Path) -> list[Path]:
+    """What a folder changes in a tree: the package, and PEFT's tests if the tree has them."""
+    return [folder / "peft.patch", *(folder.glob("tests.patch") if (tree / "tests").exists() else ())]
+
+
+def files_of_release(tree: Path) -> dict[str, str]:
+    """The files that the series edits in a tree of PEFT, and their blobs in the release that it is made for."""
+    files = {}
+    for folder in patches():
+        for patch in patch_files(folder, tree):
+            files = {**edited_files(patch), **files}
+    return files
+
+
+def release() -> str:
+    """The version of PEFT that the series is made for."""
+    return re.search(r"peft==(\S+)", (HERE / "requirements.txt").read_text())[1]
+
+
+def added_modules(edited: Iterable[str]) -> list[Path]:
+    """Our modules that are none of the edited files of PEFT."""
+    ours = (path.relative_to(ROOT) for path in sorted((ROOT / PEFT).rglob("*.py")))
+    return [path for path in ours if str(path) not in edited]
+
+
+def add_patch(repository: Path, folder: Path) -> None:
+    """
+    Put a patch into the work tree and the index of a repository that has the patches before it. A fix is made for the
+    release, so git merges it with the fixes before it.
+    """
+    for patch in patch_files(folder, repository):
+        command = ["git", "apply", "--3way", "--index", str(patch)]
+        result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise SystemExit(f"{patch.relative_to(HERE)} does not apply after the patches before it:\n{result.stderr}")
+    for path in new_modules(repository) if folder == ADADORA else ():
+        (repository / path).write_text(in_peft((ROOT / path).read_text()))
+        subprocess.run(["git", "add", str(path)], cwd=repository, check=True)
+
+
+def add_patches(tree: Path, folders: list[Path]) -> None:
+    """
+    Put patches into a source tree of PEFT. Raises a `SystemExit` if a file differs from that of the release; nothing
+    has changed then.
+    """
+    files = files_of_release(tree)
+    for name in differing_files(tree, files):
+        raise SystemExit(f"the series is not made for this {name}; nothing has changed")
+    subprocess.run(["git", "init", "--quiet"], cwd=tree, check=True)
+    subprocess.run(["git", "add", *files], cwd=tree, check=True)
+    try:
+        for folder in folders:
+            add_patch(tree, folder)
+    finally:
+        shutil.rmtree(tree / ".git")
 
 
 def installed(tree: Path) -> None:
@@ -68,17 +148,19 @@ def new_modules(stock: Path) -> list[Path]:
     return [path for path in ours if not (stock / path).exists()]
 
 
+def in_peft(code: str) -> str:
+    """One of our modules as it is inside of PEFT: the overlay calls PEFT's own `layer` `stock_layer`."""
+    code = code.replace("from . import stock_layer as", "from . import layer as")
+    # in the order of imports, `layer` has another place
+    imports = re.compile(r"(^from \. import .*\n)+", re.MULTILINE)
+    return imports.sub(lambda found: "".join(sorted(found[0].splitlines(keepends=True))), code)
+
+
 def build(stock: Path, tree: Path) -> None:
-    """Make `tree` a copy of the source tree `stock` of PEFT, with AdaDoRA inside."""
+    """Make `tree` a copy of the source tree `stock` of PEFT with the whole series, AdaDoRA last."""
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(stock, tree, ignore=shutil.ignore_patterns("__pycache__"))
-    apply(tree, ADADORA / "peft.patch")
-    for path in new_modules(stock):
-        # the overlay calls PEFT's own `layer` `stock_layer`, which has another place in the order of imports
-        code = (ROOT / path).read_text().replace("from . import stock_layer as", "from . import layer as")
-        imports = re.compile(r"(^from \. import .*\n)+", re.MULTILINE)
-        code = imports.sub(lambda found: "".join(sorted(found[0].splitlines(keepends=True))), code)
-        (tree / path).write_text(code)
+    add_patches(tree, patches())
 
 
 # --- update
@@ -154,9 +236,9 @@ def write_patch(before: Path, after: Path, ours: Path, names: list[str]) -> None
     (ADADORA / "peft.patch").write_text(head + "\n" + "".join(diffs))
 
 
-def merge_all(ours: Path, tree: Path) -> None:
-    """Make `tree` the source tree of the installed PEFT with the patch and with what has changed in `ours` since."""
-    installed(tree)
+def merge_all(ours: Path, before: Path, tree: Path) -> None:
+    """Make `tree` the source tree `before` with the patch and with what has changed in `ours` since."""
+    shutil.copytree(before, tree)
     apply(tree, ADADORA / "peft.patch")
     versions = made_of(ADADORA / "peft.patch")
     for path in sorted((ours / PEFT).rglob("*.py")):
@@ -177,12 +259,13 @@ def update(folder: Path) -> None:
     before, after, ours = folder / "before", folder / "after", folder / "ours"
     if not folder.exists():
         installed(before)
+        add_patches(before, patches()[:-1])
         for path in (path.relative_to(ROOT) for path in sorted((ROOT / PEFT).rglob("*.py"))):
             if (before / path).exists():
                 (ours / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / path, ours / path)
         try:
-            merge_all(ours, after)
+            merge_all(ours, before, after)
         except SystemExit:
             shutil.rmtree(folder)
             raise
