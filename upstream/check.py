@@ -36,6 +36,11 @@ TESTS_OF_FIXES = series.FIXES / "test_fixes.py"
 WITHOUT_OVERLAY = "not overlay and not soak and not engines and not types"
 # PEFT's tests for what the change could touch: AdaLoRA wherever it is tested, and these files as a whole
 FILES_OF_PEFT = ["test_mixed.py", "test_config.py", "test_lora_variants.py"]
+# where PEFT's tests of DoRA are
+FILES_OF_DORA = [
+    *("test_lora_variants.py", "test_helpers.py", "test_custom_models.py", "test_initialization.py"),
+    *("test_decoder_models.py", "test_quantization.py"),
+]
 SELECTION = "adalora or AdaLora or AdaLoRA"
 # PEFT's tests leave the offline mode, and the client of the hub waits half a minute before it gives up
 NO_WAITING = """
@@ -157,7 +162,8 @@ def node_id(test: str, tree: Path) -> str:
 def has_style_of_peft(python: Path, tree: Path) -> bool:
     """Check what the series touches with what PEFT's `make quality` runs: ruff, in PEFT's version, and doc-builder."""
     touched = ["src/peft/helpers.py", "src/peft/tuners/adalora", "src/peft/tuners/mixed"]
-    touched += ["src/peft/tuners/tuners_utils.py", "tests/test_config.py", "tests/test_custom_models.py"]
+    touched += ["src/peft/tuners/lora/dora.py", "tests/test_lora_variants.py", "src/peft/tuners/tuners_utils.py"]
+    touched += ["tests/test_config.py", "tests/test_custom_models.py"]
     commands = [
         [python, "-m", "ruff", "check", "--quiet", *touched],
         [python, "-m", "ruff", "format", "--check", "--quiet", *touched],
@@ -256,6 +262,25 @@ class Check:
         ]
         print_row(row)
 
+    def dora_norm(self, folder: Path) -> None:
+        """Check the patch of LoRA's DoRA: with it, PEFT's tests of DoRA and those that it adds must pass."""
+        name, tree = folder.name, self.folder / folder.name
+        shutil.rmtree(tree, ignore_errors=True)
+        shutil.copytree(self.stock, tree)
+        for patch in series.patch_files(folder, tree):
+            series.apply(tree, patch)
+        options = [*options_of_peft(tree), *(f"tests/{file}" for file in FILES_OF_DORA), "-k", "dora or DoRA or Dora"]
+        options += [f"--deselect={test}" for test in self.failing_without(options)]
+        passed = self.must_pass(name, run_tests(self.python, tree, tree, options))
+        print_row([name, changed_lines(folder / "peft.patch"), 0, passed, "", "", self.style(name, tree)])
+
+    def failing_without(self, options: list[str]) -> list[str]:
+        """The tests that fail without a patch, for want of a network."""
+        options_of_peft(self.stock)
+        outcomes = run_tests(self.python, self.stock, self.stock, options)
+        failing = [test for test, outcome in outcomes.items() if outcome in ("failure", "error")]
+        return [node_id(test, self.stock) for test in failing]
+
     def adadora(self, folder: Path) -> None:
         """Check PEFT with AdaDoRA inside."""
         name, tree = folder.name, self.folder / folder.name
@@ -285,7 +310,8 @@ def main() -> int:
     check = Check(options.folder.resolve(), options.only_ours)
     for name, folder in patches.items():
         if options.only in (None, name):
-            run = check.adadora if folder == series.ADADORA else check.fix
+            checks = {series.ADADORA: check.adadora, series.DORA_NORM: check.dora_norm}
+            run = checks.get(folder, check.fix)
             run(folder)
     print(*check.problems, sep="\n")
     return 1 if check.problems else 0

@@ -3,6 +3,7 @@
     python upstream/series.py --update    write `series/adadora/peft.patch` anew, after changes in `src/`
 
 - `series/fixes/<name>/peft.patch` mends one bug of AdaLoRA in PEFT as it is, alone.
+- `series/dora-norm/peft.patch` makes LoRA's DoRA compute its norm without an (out, in) matrix.
 - `series/adadora/peft.patch` edits PEFT's own files for AdaDoRA. Our modules that PEFT lacks come beside them whole,
   in the form that they have in `src/`.
 
@@ -26,6 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 FIXES = HERE / "series" / "fixes"
+DORA_NORM = HERE / "series" / "dora-norm"
 ADADORA = HERE / "series" / "adadora"
 PEFT = Path("src", "peft")
 # of PEFT's pyproject.toml, which is not installed with it
@@ -39,7 +41,7 @@ def fixes() -> list[Path]:
 
 def patches() -> list[Path]:
     """The folders of all patches, in the order of the series."""
-    return [*fixes(), ADADORA]
+    return [*fixes(), DORA_NORM, ADADORA]
 
 
 def message(folder: Path) -> str:
