@@ -141,6 +141,13 @@ x, expected = torch.eye(3), 2 * base(torch.eye(3))
 model = get_peft_model(base, config)
 model.base_model.model[0].lora_magnitude["default"].data *= 2
 torch.testing.assert_close(model(x), expected)
+
+# PEFT's layers derive from nn.Module before AdaLoraLayer
+from peft.tuners.adalora import AdaLoraLayer, SVDConv2d, SVDLinear
+ours = {name for name in vars(AdaLoraLayer).keys() & vars(nn.Module).keys() if not name.startswith("__")} - {"forward"}
+assert {"train", "_apply"} <= ours
+for layer in (SVDLinear, SVDConv2d):
+    assert all(getattr(layer, name) is getattr(AdaLoraLayer, name) for name in ours)
 """
     command = [sys.executable, "-c", code, str(whole / "src")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=whole)

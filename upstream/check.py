@@ -32,7 +32,6 @@ import series
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-TESTS_OF_FIXES = series.FIXES / "test_fixes.py"
 WITHOUT_OVERLAY = "not overlay and not soak and not engines and not types"
 # PEFT's tests for what the change could touch: AdaLoRA wherever it is tested, and these files as a whole
 FILES_OF_PEFT = ["test_mixed.py", "test_config.py", "test_lora_variants.py"]
@@ -163,7 +162,7 @@ def has_style_of_peft(python: Path, tree: Path) -> bool:
     """Check what the series touches with what PEFT's `make quality` runs: ruff, in PEFT's version, and doc-builder."""
     touched = ["src/peft/helpers.py", "src/peft/tuners/adalora", "src/peft/tuners/mixed"]
     touched += ["src/peft/tuners/lora/dora.py", "tests/test_lora_variants.py", "src/peft/tuners/tuners_utils.py"]
-    touched += ["tests/test_config.py", "tests/test_custom_models.py"]
+    touched += ["tests/test_config.py", "tests/test_custom_models.py", "tests/test_initialization.py"]
     commands = [
         [python, "-m", "ruff", "check", "--quiet", *touched],
         [python, "-m", "ruff", "format", "--check", "--quiet", *touched],
@@ -245,18 +244,21 @@ class Check:
         name, tree = folder.name, self.folder / folder.name
         shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(self.stock, tree)
-        series.apply(tree, folder / "peft.patch")
-        of_this = [str(TESTS_OF_FIXES), "-k", "Test" + name.title().replace("-", "")]
-        without = run_tests(self.python, self.stock, HERE, of_this)
+        tests = folder / "tests.patch"
+        series.apply(tree, tests)
+        added = " or ".join(re.findall(r"^\+    def (test_\w+)", tests.read_text(), re.MULTILINE))
+        of_this = [*options_of_peft(tree), *series.edited_files(tests), "-k", added]
+        without = run_tests(self.python, tree, tree, of_this)
         self.problems += [
             f"{name}: {test} passes without it" for test, outcome in without.items() if outcome == "passed"
         ]
+        series.apply(tree, folder / "peft.patch")
         row = [
             name,
             changed_lines(folder / "peft.patch"),
             0,
             self.tests_of_peft(name, tree),
-            self.must_pass(name, run_tests(self.python, tree, HERE, of_this)),
+            self.must_pass(name, run_tests(self.python, tree, tree, of_this)),
             "",
             self.style(name, tree),
         ]

@@ -47,12 +47,13 @@ def check_commit(repository: Path, commit: str, ruff: Path) -> list[str]:
 
 def build_wheel(repository: Path, folder: Path) -> Path:
     """Build a wheel of the branch, outside of its work tree."""
-    source = folder / "wheel-source"
+    source, wheels = folder / "wheel-source", folder / "wheel"
+    wheels.mkdir()
     apply.git(repository, "clone", "--quiet", "--branch", apply.BRANCH, repository, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--wheel-dir", folder / "wheel", source], check=True)
+    subprocess.run([*pip, "--wheel-dir", wheels, source], check=True)
     shutil.rmtree(source)
-    return next((folder / "wheel").glob("*.whl"))
+    return next(wheels.glob("*.whl"))
 
 
 def make_fork(stock: Path, repository: Path) -> list[str]:
