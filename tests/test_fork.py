@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-pytestmark = pytest.mark.overlay
+pytestmark = [pytest.mark.overlay, pytest.mark.project]
 
 sys.path.append(str(Path(__file__).parents[1] / "upstream"))
 

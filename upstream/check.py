@@ -32,7 +32,7 @@ import series
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-WITHOUT_OVERLAY = "not overlay and not soak and not engines and not types"
+WITHOUT_OVERLAY = "not overlay and not soak and not engines and not types and not project"
 # PEFT's tests for what the change could touch: AdaLoRA wherever it is tested, and these files as a whole
 FILES_OF_PEFT = ["test_mixed.py", "test_config.py", "test_lora_variants.py"]
 # where PEFT's tests of DoRA are
