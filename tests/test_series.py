@@ -145,7 +145,7 @@ torch.testing.assert_close(model(x), expected)
 # PEFT's layers derive from nn.Module before AdaLoraLayer
 from peft.tuners.adalora import AdaLoraLayer, SVDConv2d, SVDLinear
 ours = {name for name in vars(AdaLoraLayer).keys() & vars(nn.Module).keys() if not name.startswith("__")} - {"forward"}
-assert {"train", "_apply"} <= ours
+assert "train" in ours
 for layer in (SVDLinear, SVDConv2d):
     assert all(getattr(layer, name) is getattr(AdaLoraLayer, name) for name in ours)
 """

@@ -107,13 +107,7 @@ MUTANTS = [
     ),
     Mutant(
         "let a cast of the model round the magnitudes",
-        (
-            Edit(
-                "layer.py",
-                "            if magnitude.dtype.itemsize < ",
-                "            if False and magnitude.dtype.itemsize < ",
-            ),
-        ),
+        (Edit("layer.py", "if is_rounded else applied", "if False else applied"),),
         "test_adadora_model.py",
     ),
     Mutant(
