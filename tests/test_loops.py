@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,14 +36,14 @@ def make_model() -> PeftModel:
     return get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0)).train()
 
 
-def plain_loop(accumulate: int, skipped_step: int | None = None) -> PeftModel:
+def plain_loop(accumulate: int, skipped_steps: Sequence[int] = ()) -> PeftModel:
     model = make_model()
     optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-3)
     taken = 0
     for index, batch in enumerate(DataLoader(RandomTokens(), batch_size=4 // accumulate)):
         (model(**batch).loss / accumulate).backward()
         if (index + 1) % accumulate == 0:
-            if index // accumulate != skipped_step:
+            if index // accumulate not in skipped_steps:
                 optimizer.step()
                 model.base_model.update_and_allocate(taken)
                 taken += 1
@@ -58,11 +59,20 @@ def assert_same(model: PeftModel, expected: PeftModel) -> None:
         assert torch.equal(param, other), name
 
 
-def run_accelerate_loop(folder: Path, resume_from: str | None = None) -> dict[str, Any]:
+ACCELERATOR = "accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)\n"
+
+
+def run_accelerate_loop(
+    folder: Path, resume_from: str | None = None, scaler: torch.amp.GradScaler | None = None
+) -> dict[str, Any]:
     return run_block(
         folder,
         "from accelerate import Accelerator",
-        {} if resume_from is None else {"resume_from = None": f"resume_from = {resume_from!r}"},
+        {
+            "resume_from = None": f"resume_from = {resume_from!r}",
+            ACCELERATOR: f"{ACCELERATOR}accelerator.scaler = scaler\n",
+        },
+        scaler=scaler,
         torch=torch,
         get_peft_model=get_peft_model,
         base_model=make_llama(),
@@ -97,7 +107,16 @@ def test_the_loop_with_accelerate_does_not_allocate_in_a_step_that_was_skipped(s
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", step)
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda _: len(steps) - 1 == skipped_step))
-    assert_same(run_accelerate_loop(tmp_path)["model"], plain_loop(2, skipped_step))
+    assert_same(run_accelerate_loop(tmp_path)["model"], plain_loop(2, [skipped_step]))
+
+
+def test_the_loop_with_accelerate_leaves_out_the_steps_that_overflow(tmp_path, monkeypatch):
+    """At the first scales the loss itself is infinite."""
+    monkeypatch.chdir(tmp_path)
+    names = run_accelerate_loop(tmp_path, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**127))
+    skipped = 16 - names["progress"]["steps"]
+    assert 0 < skipped < 5
+    assert_same(names["model"], plain_loop(2, range(skipped)))
 
 
 class ResumableLoader(DataLoader):

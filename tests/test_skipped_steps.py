@@ -1,5 +1,7 @@
 """A step that a gradient scaler skips, because a gradient has overflowed, has no influence on the ranks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,6 +10,7 @@ from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, ma
 from transformers import TrainerCallback
 
 from peft import get_peft_model
+from peft.tuners.adalora import AdaLoraCallback
 
 
 LAST_ALLOCATION = STEPS - 5
@@ -85,6 +88,43 @@ def test_a_run_with_a_step_that_a_scaler_skips_ends_as_a_loop_that_leaves_it_out
         torch.testing.assert_close(param, other, msg=name)
 
 
+def run(config, steps, value, part: str = "lora_E", fused: bool = False, is_told: bool = False):
+    """
+    A loop that calls `update_and_allocate` after every step, where a gradient gets a value in some steps. The scaler
+    skips these. `is_told` keeps the allocator from seeing their gradients. Returns the averages after each step, too.
+    """
+    model = get_peft_model(make_llama(), config)
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer, scaler = torch.optim.AdamW(params, lr=1e-2, fused=fused), torch.amp.GradScaler("cpu", init_scale=64.0)
+    overflowing = next(param for name, param in model.named_parameters() if part in name and param.requires_grad)
+    averages = []
+    for step in range(STEPS):
+        scaler.scale(model(**batch(step)).loss).backward()
+        if step in steps:
+            overflowing.grad[0] = value
+        scaler.step(optimizer)
+        scaler.update()
+        with pytest.MonkeyPatch.context() as patch:
+            if is_told and step in steps:
+                patch.setattr(model.base_model.rankallocator, "update_ipt", lambda _: None)
+            model.base_model.update_and_allocate(step)
+        averages.append(model.base_model.rankallocator.state_dict())
+        optimizer.zero_grad()
+    return model, averages
+
+
+def assert_same_run(run, reference) -> None:
+    (model, averages), (reference, expected) = run, reference
+    for of_step, of_step_expected in zip(averages, expected):
+        assert of_step.keys() == of_step_expected.keys()
+        assert all(torch.equal(score, of_step_expected[name]) for name, score in of_step.items())
+    pattern = model.base_model.peft_config["default"].rank_pattern
+    assert pattern == reference.base_model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 12
+    for param, other in zip(model.parameters(), reference.parameters()):
+        assert torch.equal(param, other)
+
+
 # allocations at the steps 4, 8 and 11
 @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -94,33 +134,41 @@ def test_a_run_with_a_step_that_a_scaler_skips_ends_as_a_loop_that_leaves_it_out
 def test_the_ranks_of_a_loop_with_gradients_that_are_not_finite_are_those_of_the_other_steps(
     steps, value, use_dora_adaptive
 ):
-    """A loop that calls `update_and_allocate` after every step, also after those that the optimizer skips."""
+    config = make_adalora_config(use_dora_adaptive=use_dora_adaptive, lora_dropout=0.0, deltaT=4)
+    assert_same_run(run(config, steps, value), run(config, steps, value, is_told=True))
 
-    def run(is_told: bool):
-        config = make_adalora_config(use_dora_adaptive=use_dora_adaptive, lora_dropout=0.0, deltaT=4)
-        model = get_peft_model(make_llama(), config)
-        params = [param for param in model.parameters() if param.requires_grad]
-        optimizer, scaler = torch.optim.AdamW(params, lr=1e-2), torch.amp.GradScaler("cpu", init_scale=64.0)
-        of_one_layer = next(param for name, param in model.named_parameters() if "lora_E" in name)
-        for step in range(STEPS):
-            scaler.scale(model(**batch(step)).loss).backward()
-            if step in steps:
-                of_one_layer.grad[0] = value
-            scaler.step(optimizer)
-            scaler.update()
-            with pytest.MonkeyPatch.context() as patch:
-                if is_told and step in steps:
-                    patch.setattr(model.base_model.rankallocator, "update_ipt", lambda _: None)
-                model.base_model.update_and_allocate(step)
-            optimizer.zero_grad()
-        return model
 
-    model, reference = run(is_told=False), run(is_told=True)
-    pattern = model.base_model.peft_config["default"].rank_pattern
-    assert pattern == reference.base_model.peft_config["default"].rank_pattern
-    assert sum(map(sum, pattern.values())) == 12
-    for param, other in zip(model.parameters(), reference.parameters()):
-        assert torch.equal(param, other)
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("part", ["lora_magnitude", "modules_to_save"])
+def test_a_step_that_is_skipped_for_another_parameter_than_a_factor_does_not_count(part, fused):
+    """A fused optimizer leaves the gradients of all parameters scaled then."""
+    config = make_adalora_config(modules_to_save=["lm_head"], lora_dropout=0.0, deltaT=4)
+    steps = (3, 4, 6)
+    assert_same_run(*(run(config, steps, torch.inf, part, fused, is_told) for is_told in (False, True)))
+
+
+def test_captured_gradients_of_a_skipped_step_do_not_stay_in_the_sums():
+    """With DeepSpeed, which takes its step within the backward pass."""
+    averages = []
+    for steps in ([0], [1, 0]):
+        model = get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0))
+        tuner = model.base_model
+        tuner.rankallocator.capture_gradients(tuner.model)
+        callback = AdaLoraCallback()
+        callback.tuner = tuner
+        for step in steps:
+            is_skipped = step == 1
+            loss = model(**batch(step)).loss
+            (loss * torch.inf if is_skipped else loss).backward()
+            optimizer = SimpleNamespace(step_was_skipped=is_skipped)
+            callback.on_optimizer_step(
+                SimpleNamespace(deepspeed={}), SimpleNamespace(global_step=0), None, optimizer=optimizer
+            )
+            model.zero_grad()
+        averages.append(tuner.rankallocator.state_dict())
+    assert averages[0].keys() == averages[1].keys() != set()
+    for name, score in averages[0].items():
+        assert torch.equal(score, averages[1][name]), name
 
 
 def test_a_scale_that_overflows_at_the_start_does_not_keep_all_ranks():

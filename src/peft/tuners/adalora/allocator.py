@@ -92,8 +92,8 @@ class RankAllocator(stock.RankAllocator):
     def update_ipt(self, model: nn.Module) -> None:
         """
         Update the averages of the sensitivity and the uncertainty of every entry of A, E and B. A parameter without a
-        gradient has a gradient of zero. A step whose gradients are not all finite, such as one that a gradient scaler
-        skips, changes nothing.
+        gradient has a gradient of zero. A step changes nothing if a gradient of any parameter of the model is not
+        finite, because a gradient scaler skips such a step.
 
         Raises:
             `ValueError`: If no parameter has a gradient; nothing has changed then.
@@ -119,7 +119,8 @@ class RankAllocator(stock.RankAllocator):
             products = [product.full_tensor() for product in products] if sharded else products
             torch._foreach_abs_(products)
             importance[tuple(names)] = products
-        if not all(map(all_finite, importance.values())):
+        others = [param.grad for param in model.parameters() if param.grad is not None and not param.grad.is_sparse]
+        if not all_finite(others) or not all(map(all_finite, importance.values())):
             return
         for names, values in importance.items():
             old = (
@@ -142,7 +143,7 @@ class RankAllocator(stock.RankAllocator):
         return param.grad
 
     def capture_gradients(self, model: nn.Module) -> None:
-        """Sum up gradients for `update_ipt`. Call this once before training with DeepSpeed, which clears them."""
+        """Sum up gradients for `update_ipt` from now on. Call it before training with DeepSpeed, which clears them."""
         if self._gradients is not None:
             self._gradients.remove()
         self._gradients = sharding.GradientCapture(self._factors(model))

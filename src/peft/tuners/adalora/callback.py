@@ -87,6 +87,8 @@ class AdaLoraCallback(ResumableCallback):
         tuner, config = self.tuner, self.tuner.rankallocator.peft_config
         is_last_allocation = state.global_step == config.total_step - config.tfinal
         if getattr(optimizer, "step_was_skipped", False) and not is_last_allocation:
+            if args.deepspeed is not None:
+                tuner.rankallocator.capture_gradients(tuner.model)  # without those of this step
             return
         optimizer = getattr(optimizer, "optimizer", optimizer)  # in that of accelerate
         optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None

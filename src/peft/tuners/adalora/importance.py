@@ -21,14 +21,20 @@ from itertools import islice
 
 import torch
 
+from .sharding import holds_on_all, is_sharded
+
 
 Tensors = list[torch.Tensor]
 
 
 def all_finite(tensors: Tensors) -> bool:
-    """Whether no tensor has an entry that is infinite or NaN."""
-    largest = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()] or [torch.zeros(1)], torch.inf)
-    return bool(torch.stack([norm.to(largest[0]) for norm in largest]).isfinite().all())
+    """Whether no tensor has an entry that is infinite or NaN. With DTensors, every process has to call this."""
+    if not tensors:
+        return True
+    local = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
+    largest = torch._foreach_norm([part for part in local if part.numel()] or [local[0].new_zeros(1)], torch.inf)
+    finite = torch.stack([norm.to(local[0].device, torch.float32) for norm in largest]).isfinite().all()
+    return bool(holds_on_all(finite) if any(map(is_sharded, tensors)) else finite)
 
 
 def updated_averages(

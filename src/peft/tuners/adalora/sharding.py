@@ -63,6 +63,13 @@ def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
+def holds_on_all(condition: torch.Tensor) -> torch.Tensor:
+    """Whether a condition holds on every process. Every process has to call this."""
+    holds = condition.int()
+    dist.all_reduce(holds, dist.ReduceOp.MIN)
+    return holds
+
+
 @torch.no_grad()
 def copy_full_(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Copy `values`, the same on every process, into a tensor that may be sharded or partitioned."""
