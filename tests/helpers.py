@@ -1,6 +1,10 @@
 """What the tests share: small layers and models with AdaDoRA adapters."""
 
+import re
+import runpy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -10,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora import SVDLinear
+
+
+GUIDE = Path(__file__).parents[1] / "docs/source/developer_guides/adadora_training.md"
 
 
 def make_config(**kwargs) -> AdaLoraConfig:
@@ -135,3 +142,15 @@ def allocations(step: Callable[[], None]) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()
     return [event.nbytes() for event in prof.profiler.kineto_results.events() if event.name() == "[memory]"]
+
+
+def run_block(folder: Path, first_line: str, changes: dict[str, str] | None = None, **names: Any) -> dict[str, Any]:
+    """Run the block of the training guide that begins with a line, given some names. Returns the names it defines."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if block.startswith(first_line + "\n"))
+    for old, new in (changes or {}).items():
+        assert block.count(old) == 1
+        block = block.replace(old, new)
+    script = folder / "block.py"
+    script.write_text(block)
+    return runpy.run_path(str(script), init_globals=names)

@@ -770,6 +770,16 @@ class TestRegularization:
             warnings.simplefilter("error")
             model.base_model.update_and_allocate(1)
 
+    def test_it_is_told_once_if_the_first_steps_do_not_count(self):
+        model, tokens = self.llama(task_type=None), torch.arange(10).view(1, -1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(3):
+                (torch.inf * model(tokens).logits.square().mean()).backward()
+                model.base_model.update_and_allocate(step)
+                model.zero_grad()
+        assert sum(self.WARNING in str(warning.message) for warning in caught) == 1
+
     @pytest.mark.parametrize("reason", ["it does", "weight of zero", "flag off"])
     def test_nothing_is_told_if_it_does_or_need_not(self, reason):
         model = self.llama(

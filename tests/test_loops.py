@@ -1,7 +1,5 @@
 """The loops of the training guide, as they stand there, give what a plain loop gives, bit for bit."""
 
-import re
-import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from helpers import run_block
 from torch.utils.data import DataLoader
 from trainer_run import RandomTokens, make_adalora_config, make_llama
 
@@ -17,19 +16,6 @@ from peft import PeftModel, get_peft_model
 
 
 pytestmark = pytest.mark.overlay
-GUIDE = Path(__file__).parents[1] / "docs/source/developer_guides/adadora_training.md"
-
-
-def run_block(folder: Path, first_line: str, changes: dict[str, str] | None = None, **names: Any) -> dict[str, Any]:
-    """Run the block of the guide that begins with a line, given some names. Returns the names that it defines."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
-    (block,) = (block for block in blocks if block.startswith(first_line + "\n"))
-    for old, new in (changes or {}).items():
-        assert block.count(old) == 1
-        block = block.replace(old, new)
-    script = folder / "block.py"
-    script.write_text(block)
-    return runpy.run_path(str(script), init_globals=names)
 
 
 def make_model() -> PeftModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_tokenizer
+from helpers import make_tokenizer, run_block
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -18,6 +18,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
 )
 
 from peft import PeftModel, get_peft_model
@@ -48,16 +49,18 @@ def words(start: int, count: int = 3) -> str:
 def of_trl(method: str, rows: list[dict[str, Any]], model: Callable = make_llama, **options: Any) -> Callable:
     """A function that makes the trainer of a method of TRL for an output folder."""
 
-    def make(folder: Path) -> Trainer:
+    def make(folder: Path, adapter: dict[str, Any] | None = None, **more: Any) -> Trainer:
         trl = pytest.importorskip("trl")
         arguments = {name: options[name] for name in options.keys() & {"reward_funcs"}}
         config = {name: option for name, option in options.items() if name not in {*arguments, "task_type"}}
         return getattr(trl, f"{method}Trainer")(
             model=model(),
-            args=getattr(trl, f"{method}Config")(str(folder), **{**ARGUMENTS, **config}),
+            args=getattr(trl, f"{method}Config")(str(folder), **{**ARGUMENTS, **config, **more}),
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=make_tokenizer(),
-            peft_config=make_adalora_config(lora_dropout=0.0, task_type=options.get("task_type", "CAUSAL_LM")),
+            peft_config=make_adalora_config(
+                **{"lora_dropout": 0.0, "task_type": options.get("task_type", "CAUSAL_LM"), **(adapter or {})}
+            ),
             callbacks=[AdaLoraCallback()],
             **arguments,
         )
@@ -153,6 +156,50 @@ def test_it_learns_prunes_and_resumes_bit_by_bit(make, tmp_path):
         resumed.train(resume_from_checkpoint=True)
         for key, value in adapter_of(trainer).items():
             assert torch.equal(adapter_of(resumed)[key], value), (step, key)
+
+
+class Gradients(TrainerCallback):
+    """Copies the factors and their gradients before the first optimizer step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == 0:
+            factors = [
+                (name, param) for name, param in model.named_parameters() if "lora_A" in name or "lora_B" in name
+            ]
+            self.factors = {name: param.detach().double() for name, param in factors}
+            self.gradients = {name: param.grad.double() for name, param in factors}
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
+def test_the_trainer_of_the_guide_adds_the_gradient_of_the_term(method, tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl")
+    options = {"num_generations": 4, "max_completion_length": 8, "reward_funcs": [different_words]}
+    with_rloo = {**TRAINERS, "RLOO": of_trl("RLOO", PROMPTS, **options)}
+    results = []
+    for folder in (tmp_path / "without", tmp_path / "with"):
+        folder.mkdir()
+        if folder.name == "with":
+            name = f"{method}Trainer"
+            changes = {f"{old}SFTTrainer": f"{old}{name}" for old in ("from trl import ", "RegularizedTrainer(")}
+            block = run_block(folder, "from peft.tuners.adalora import AdaLoraLayer", changes)
+            monkeypatch.setattr(trl, name, block["RegularizedTrainer"])
+        results.append(gradients := Gradients())
+        adapter = {"orth_reg_weight": 0.0, "init_lora_weights": False}
+        trainer = with_rloo[method](folder, adapter, max_steps=1, max_grad_norm=0.0, save_strategy="no")
+        trainer.add_callback(gradients)
+        trainer.train()
+    without, with_term = results
+    exact = {name: factor.requires_grad_() for name, factor in without.factors.items()}
+    norms = [
+        ((factor @ factor.T if "lora_A" in name else factor.T @ factor) - torch.eye(4)).square().sum().sqrt()
+        for name, factor in exact.items()
+    ]
+    (0.5 * sum(norms) / len(norms)).backward()
+    assert all(gradient.any() for gradient in without.gradients.values())
+    for name, factor in exact.items():
+        assert factor.grad.norm() > 0.01
+        expected = without.gradients[name] + factor.grad
+        assert torch.allclose(with_term.gradients[name], expected, rtol=0, atol=1e-6 * float(expected.norm())), name
 
 
 PREFERENCES = [{**row, "chosen": words(1), "rejected": words(9)} for row in PROMPTS]

@@ -48,7 +48,7 @@ class RankAllocator(stock.RankAllocator):
     """
 
     kept: Optional[dict[str, list[bool]]] = None
-    has_regularization = False  # whether a backward pass has reached AdaLoRA's regularization
+    expects_regularization = True  # until a backward pass has reached AdaLoRA's, or a warning says that none does
     _gradients: Optional[sharding.GradientCapture] = None
     _forwards = 0
 
