@@ -112,7 +112,13 @@ MUTANTS = [
     ),
     Mutant(
         "let gradients that are not finite into the averages",
-        (Edit("allocator.py", "if not all(map(all_finite, importance.values())):", "if False:"),),
+        (
+            Edit(
+                "allocator.py",
+                "if not all_finite(others) or not all(map(all_finite, importance.values())):",
+                "if False:",
+            ),
+        ),
         "test_skipped_steps.py",
     ),
     Mutant(
