@@ -9,7 +9,7 @@ PARALLEL := -n auto --dist worksteal
 APART := soak or engines or types or project
 CORE := adadora_guards adadora_math adadora_model exactness layer_kinds optimizers order_and_templates peft_api \
 	rank_allocator scale_cache skipped_steps state uncalled_layers
-CHECKS := matrix upstream-check mutants engines soak
+CHECKS := matrix fork upstream-check mutants engines soak
 
 .PHONY: demo test test-core test-project check-all soak engines quality style bench peft-tests upstream-check fork \
 	mutants matrix compare docs clean
