@@ -21,6 +21,7 @@ import series
 
 
 PATCHES = [folder / "peft.patch" for folder in series.patches()]
+OF_ADADORA = PATCHES[-2:]  # and of its callback
 
 
 def files_of(patch: Path) -> list[str]:
@@ -38,10 +39,10 @@ def stock(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mended(stock, tmp_path_factory):
-    """The source tree of PEFT with all patches before that of AdaDoRA."""
+    """The source tree of PEFT with all patches before those of AdaDoRA."""
     tree = tmp_path_factory.mktemp("mended") / "tree"
     shutil.copytree(stock, tree)
-    series.add_patches(tree, series.patches()[:-1])
+    series.add_patches(tree, series.patches()[:-2])
     return tree
 
 
@@ -60,8 +61,8 @@ def patch(request):
 
 @pytest.fixture
 def before(patch, stock, mended):
-    """What a patch is made for: AdaDoRA's for the patches before it, and any other for the installed PEFT."""
-    return mended if patch == PATCHES[-1] else stock
+    """What a patch is made for: AdaDoRA's for the patches before them, and any other for the installed PEFT."""
+    return mended if patch in OF_ADADORA else stock
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_the_whole_has_all_modules_and_no_undefined_names(stock, whole):
     ours = [path.relative_to(ROOT) for path in (ROOT / series.PEFT).rglob("*.py")]
     added = series.new_modules(stock)
     # an override is in the patch, and any other module comes whole
-    assert sorted(map(str, set(ours) - set(added))) == sorted(files_of(PATCHES[-1]))
+    assert sorted(map(str, set(ours) - set(added))) == sorted(name for patch in OF_ADADORA for name in files_of(patch))
     assert undefined_names([whole / path for path in ours]) == ""
 
 
@@ -117,13 +118,18 @@ def functions_of(path: Path) -> dict[str, str]:
 def test_the_classes_of_peft_have_the_methods_that_ours_add(mended, whole):
     # PEFT's layers have a `forward` each; module attributes are passed on by the overlay alone
     left_out = {"AdaDoraForward.forward", "__getattr__"}
-    for name in files_of(PATCHES[-1]):
+    for name in (name for patch in OF_ADADORA for name in files_of(patch)):
         ours, before, after = (functions_of(tree / name) for tree in (ROOT, mended, whole))
         added = ours.keys() - before.keys() - left_out
         assert {name: after.get(name) for name in added} == {name: ours[name] for name in added}
 
 
-def test_the_whole_computes_with_a_magnitude(whole):
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_the_series_computes_with_a_magnitude(with_callback, stock, whole, tmp_path):
+    tree = whole
+    if not with_callback:
+        tree = shutil.copytree(stock, tmp_path / "tree")
+        series.add_patches(tree, series.patches()[:-1])
     code = """
 import sys
 
@@ -149,8 +155,8 @@ assert "train" in ours
 for layer in (SVDLinear, SVDConv2d):
     assert all(getattr(layer, name) is getattr(AdaLoraLayer, name) for name in ours)
 """
-    command = [sys.executable, "-c", code, str(whole / "src")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=whole)
+    command = [sys.executable, "-c", code, str(tree / "src")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tree)
     assert result.returncode == 0, result.stderr
 
 

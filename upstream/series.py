@@ -1,11 +1,12 @@
 """The patches that are proposed to PEFT, and the source tree with them.
 
-    python upstream/series.py --update    write `series/adadora/peft.patch` anew, after changes in `src/`
+    python upstream/series.py --update    write the patches of AdaDoRA and its callback anew, after changes in `src/`
 
 - `series/fixes/<name>/peft.patch` mends one bug of AdaLoRA in PEFT as it is, alone.
 - `series/dora-norm/peft.patch` makes LoRA's DoRA compute its norm without an (out, in) matrix.
 - `series/adadora/peft.patch` edits PEFT's own files for AdaDoRA. Our modules that PEFT lacks come beside them whole,
   in the form that they have in `src/`.
+- `series/callback/peft.patch` adds the callback of the Trainer, with the modules that only it uses.
 
 The update merges what has changed in our subclasses since the patch was written into PEFT's files, as `git merge`
 does. A change that cannot be merged stays in `build/update` with conflict markers; resolve it there, and update again.
@@ -29,7 +30,10 @@ ROOT = HERE.parent
 FIXES = HERE / "series" / "fixes"
 DORA_NORM = HERE / "series" / "dora-norm"
 ADADORA = HERE / "series" / "adadora"
+CALLBACK = HERE / "series" / "callback"
 PEFT = Path("src", "peft")
+# come with the callback; any other module or edit comes with AdaDoRA
+OF_CALLBACK = ["__init__.py", "callback.py", "resume.py", "unfinished_checkpoints.py"]
 # of PEFT's pyproject.toml, which is not installed with it
 STYLE = ["--line-length=119", "--config=lint.isort={lines-after-imports=2, known-first-party=['peft']}"]
 
@@ -41,7 +45,13 @@ def fixes() -> list[Path]:
 
 def patches() -> list[Path]:
     """The folders of all patches, in the order of the series."""
-    return [*fixes(), DORA_NORM, ADADORA]
+    return [*fixes(), DORA_NORM, ADADORA, CALLBACK]
+
+
+def patch_with(name: str | Path) -> Path:
+    """The folder of the patch with one of our modules, or with the edits of an override, by its path in PEFT."""
+    of_callback = (PEFT / "tuners" / "adalora" / module for module in OF_CALLBACK)
+    return CALLBACK if Path(name) in of_callback else ADADORA
 
 
 def message(folder: Path) -> str:
@@ -115,7 +125,7 @@ def add_patch(repository: Path, folder: Path) -> None:
         result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(f"{patch.relative_to(HERE)} does not apply after the patches before it:\n{result.stderr}")
-    for path in new_modules(repository) if folder == ADADORA else ():
+    for path in (path for path in new_modules(repository) if patch_with(path) == folder):
         (repository / path).write_text(in_peft((ROOT / path).read_text()))
         subprocess.run(["git", "add", str(path)], cwd=repository, check=True)
 
@@ -159,7 +169,7 @@ def in_peft(code: str) -> str:
 
 
 def build(stock: Path, tree: Path) -> None:
-    """Make `tree` a copy of the source tree `stock` of PEFT with the whole series, AdaDoRA last."""
+    """Make `tree` a copy of the source tree `stock` of PEFT with the whole series."""
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(stock, tree, ignore=shutil.ignore_patterns("__pycache__"))
     add_patches(tree, patches())
@@ -170,10 +180,8 @@ def build(stock: Path, tree: Path) -> None:
 
 def made_of(patch: Path) -> dict[str, str]:
     """Our modules that a patch was made of, and the blobs that they were."""
-    return {
-        name: name_of_blob
-        for name_of_blob, name in re.findall(r"^made of (\w+) (\S+)", patch.read_text(), re.MULTILINE)
-    }
+    found = re.findall(r"^made of (\w+) (\S+)", patch.read_text(), re.MULTILINE)
+    return {name: name_of_blob for name_of_blob, name in found}
 
 
 def imports_of(code: str) -> dict[str, ast.ImportFrom]:
@@ -227,22 +235,24 @@ def has_conflicts(path: Path) -> bool:
     return re.search(r"^(<<<<<<<|>>>>>>>) ", path.read_text(), re.MULTILINE) is not None
 
 
-def write_patch(before: Path, after: Path, ours: Path, names: list[str]) -> None:
-    """Write the patch between two source trees, headed by the blobs of our modules that it is made of."""
+def write_patch(patch: Path, before: Path, after: Path, ours: Path, names: list[str]) -> None:
+    """Write a patch between two source trees, headed by the blobs of our modules that it is made of."""
     head = "".join(f"made of {blob((ours / name).read_bytes())} {name}\n" for name in names)
     diffs = []
     for name in names:
         command = ["git", "diff", "--no-index", "--full-index", "--unified=3", before / name, after / name]
         diff = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         diffs.append(diff.replace(f"a{before}/", "a/").replace(f"b{before}/", "b/").replace(f"b{after}/", "b/"))
-    (ADADORA / "peft.patch").write_text(head + "\n" + "".join(diffs))
+    patch.write_text(head + "\n" + "".join(diffs))
 
 
 def merge_all(ours: Path, before: Path, tree: Path) -> None:
-    """Make `tree` the source tree `before` with the patch and with what has changed in `ours` since."""
+    """Make `tree` the source tree `before` with both patches and with what has changed in `ours` since."""
     shutil.copytree(before, tree)
-    apply(tree, ADADORA / "peft.patch")
-    versions = made_of(ADADORA / "peft.patch")
+    versions = {}
+    for folder in (ADADORA, CALLBACK):
+        apply(tree, folder / "peft.patch")
+        versions |= made_of(folder / "peft.patch")
     for path in sorted((ours / PEFT).rglob("*.py")):
         name = str(path.relative_to(ours))
         if name not in versions:  # a new override
@@ -257,11 +267,14 @@ def merge_all(ours: Path, before: Path, tree: Path) -> None:
 
 
 def update(folder: Path) -> None:
-    """Write the patch of AdaDoRA anew. Raises a `SystemExit` if a change has to be merged by hand in `folder`."""
+    """
+    Write the patches of AdaDoRA and its callback anew. Raises a `SystemExit` if a change has to be merged by hand in
+    `folder`.
+    """
     before, after, ours = folder / "before", folder / "after", folder / "ours"
     if not folder.exists():
         installed(before)
-        add_patches(before, patches()[:-1])
+        add_patches(before, patches()[:-2])
         for path in (path.relative_to(ROOT) for path in sorted((ROOT / PEFT).rglob("*.py"))):
             if (before / path).exists():
                 (ours / path).parent.mkdir(parents=True, exist_ok=True)
@@ -278,13 +291,15 @@ def update(folder: Path) -> None:
     for arguments in (["check", "--fix", "--exit-zero", "--select=F401,I001"], ["format"]):
         command = [sys.executable, "-m", "ruff", *arguments, "--quiet", "--no-cache", "--isolated"]
         subprocess.run([*command, *STYLE, *(after / name for name in names)], check=True)
-    write_patch(before, after, ours, names)
+    for patch in (ADADORA, CALLBACK):
+        of_this = [name for name in names if patch_with(name) == patch]
+        write_patch(patch / "peft.patch", before, after, ours, of_this)
     shutil.rmtree(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", required=True, help="write the patch of AdaDoRA anew")
+    parser.add_argument("--update", action="store_true", required=True, help="write both patches anew")
     parser.parse_args()
     update(ROOT / "build" / "update")
 
