@@ -157,8 +157,8 @@ class RankAllocator(stock.RankAllocator):
             budget (`int`): The number of triplets to keep in all layers together.
 
         Returns:
-            `dict[str, list[bool]]`, *optional*: The kept triplets, by the name of each `lora_E` in the model.
-            `None` if no gradient has been finite yet; nothing is masked then.
+            `dict[str, list[bool]]`, *optional*: The kept triplets, by the name of each `lora_E` in the model. `None`
+            if no gradient has been finite yet; nothing is masked then.
         """
         if not self.exp_avg_ipt:
             return None

@@ -51,8 +51,10 @@ class AdaLoraCallback(ResumableCallback):
     Adapters from `model.add_adapter` of transformers and `inject_adapter_in_model` train without the regularization.
 
     Raises:
-        `NotImplementedError`: When the Trainer is made, if it uses FSDP1; FSDP2 works.
-        `ValueError`: When training starts, if there is no AdaLoRA adapter to train, if it was loaded pruned, or as
+        `NotImplementedError`:
+            When the Trainer is made, if it uses FSDP1; FSDP2 works.
+        `ValueError`:
+            When training starts, if there is no AdaLoRA adapter to train, if it was loaded pruned, or as
             [`ResumableCallback.restore`].
     """
 

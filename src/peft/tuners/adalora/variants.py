@@ -46,8 +46,8 @@ class AdaDoraLinearVariant(LoraVariant):
     @staticmethod
     def init(module: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         """
-        Give an adapter the magnitude m (out, 1) in float32 (float64 for a float64 weight): the row norm of W, or of
-        W + ΔW for an adapter that starts with an update (`init_lora_weights=False`), as in PEFT's DoRA.
+        Give an adapter the magnitude m (out, 1) in float32 (float64 for a float64 weight): the row norm of W, or of W
+        + ΔW for an adapter that starts with an update (`init_lora_weights=False`), as in PEFT's DoRA.
         """
         lora_E = module.lora_E[adapter_name]
         dtype = norm_dtype(module.get_base_layer().weight.dtype)
