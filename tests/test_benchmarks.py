@@ -305,7 +305,7 @@ def test_the_command_prints_and_writes_the_sections_asked_for(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "## Accuracy of the norm" in result.stdout
-    assert json.loads((tmp_path / "benchmarks.json").read_text())["tables"].keys() == {"accuracy"}
+    assert json.loads((tmp_path / "benchmarks.json").read_text())["tables"].keys() == {"accuracy", "cancellation"}
 
 
 class TestLaunches:

@@ -281,7 +281,7 @@ class TestPlan:
         for task, _, seeds, *_ in (row for row in rows if len(row) == 11 and row[2].isdecimal()):
             runs[task] += int(seeds)
         names = {"spoken vowels": "speakers"}
-        table = [row for row in rows_of("README.md") if len(row) == 3 and row[0][-1].isdecimal()]
+        table = [row for row in rows_of("README.md") if len(row) == 3 and row[0][-1:].isdecimal()]
         assert len(table) == 5
         for words, *differences in table:
             task, count = words.rsplit(", ", 1)
