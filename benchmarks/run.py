@@ -38,6 +38,7 @@ SECTIONS = {
     "allocator": "allocator",
     "step": "step",
     "launches": "launches",
+    "collectives": "collectives",
 }
 
 
@@ -60,6 +61,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--gbps", type=float, help="memory bandwidth of the device in GB/s, for the roofline")
     parser.add_argument("--tflops", type=float, help="peak of the device in TFLOP/s, for the roofline")
+    parser.add_argument("--latency-us", type=float, help="of a collective (10 in a machine, 25 between machines)")
+    parser.add_argument(
+        "--bandwidth-gbs", type=float, help="of a collective in GB/s (450, NVLink; 50, 400 Gb/s between machines)"
+    )
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; use --device cpu")
@@ -68,7 +73,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
-    settings = Settings(torch.device(options.device), options.threads, options.quick, options.gbps, options.tflops)
+    device = torch.device(options.device)
+    rates = (options.gbps, options.tflops, options.latency_us, options.bandwidth_gbs)
+    settings = Settings(device, options.threads, options.quick, *rates)
     if options.preset:
         gpu.main(settings, options.output, options.minutes)
     else:
