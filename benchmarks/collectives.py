@@ -57,7 +57,7 @@ PASSES = {
     "all_reduce": 2,
 }
 NO_COLLECTIVE = {"wait_tensor", "_wrap_tensor_autograd"}
-ERRORS = (RuntimeError, NotImplementedError, TypeError)
+ERRORS = (AssertionError, NotImplementedError, RuntimeError, TypeError)
 
 
 @dataclass(eq=False)
@@ -176,7 +176,7 @@ def count(variant: str, shape: tuple[int, ...], blocks: int) -> tuple[Counter, d
 
 
 def message(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def count_all(variant: str, name: str, processes: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,19 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama, make_trainer
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft import PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import SVDConv2d, SVDLinear
+from peft.tuners.adalora.importance import triplet_scores
 
 
 BATCH = 4
@@ -35,6 +39,10 @@ BATCH = 4
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def adapter_of(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -113,6 +121,112 @@ def train_sharded(folder: Path, param_dtype: torch.dtype) -> dict[str, Any]:
 
     model.merge_adapter(safe_merge=True)
     return {**result, "merged_logits": held_out_logits(model)}
+
+
+class SmallNet(nn.Module):
+    """Linear layers whose output holds a loss."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+
+    def forward(self, x: torch.Tensor) -> SequenceClassifierOutput:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return SequenceClassifierOutput(loss=x.square().mean())
+
+
+SIZES = [9, 13, 10, 3]  # which leave no process an equal part
+SMALL_NETS = {
+    "uneven shards": {"sizes": SIZES},
+    "fewer rows than processes": {"sizes": [1, 1, 2], "init_r": 2},
+    "bfloat16": {"sizes": SIZES, "dtype": torch.bfloat16, "use_dora_adaptive": False},
+    "float64": {"sizes": SIZES, "dtype": torch.float64, "use_dora_adaptive": False},
+    "plain AdaLoRA": {"sizes": SIZES, "use_dora_adaptive": False},
+    "sharded columns": {"sizes": [8, 12, 4], "dim": 1},
+    "one unit": {"sizes": SIZES, "by_layer": False},
+    "a layer that is not sharded": {"sizes": SIZES, "left_out": 1},
+    "resumed": {"sizes": SIZES, "resumes": True},
+}
+
+
+def placement_at(param: nn.Parameter, dim: int) -> Shard:
+    """FSDP2 shards no columns unequally."""
+    return Shard(dim if param.ndim == 2 and param.shape[1] % 4 == 0 else 0)
+
+
+def train_small_net(
+    mesh: DeviceMesh | None,
+    sizes: list[int],
+    dtype: torch.dtype = torch.float32,
+    dim: int = 0,
+    by_layer: bool = True,
+    left_out: int | None = None,
+    resumes: bool = False,
+    averages: dict[str, torch.Tensor] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """
+    Train seven steps with the same batch on every process, and tell what came out of each. In the third step, part of
+    the processes has an infinite gradient.
+
+    Args:
+        mesh: Shards the model, if given.
+        sizes: Of the layers.
+        dim: The dimension to shard of a matrix whose columns four processes can share.
+        by_layer: Whether each layer is a unit. A single unit is gathered when the regularization is computed.
+        left_out: A layer that is not sharded.
+        resumes: Whether to load `averages` before the third step.
+        options: Of the config.
+    """
+    torch.manual_seed(0)
+    targets = [f"layers.{index}" for index in range(len(sizes) - 1)]
+    schedule = {"tinit": 0, "tfinal": 1, "deltaT": 1, "total_step": 7, "init_r": 8, "target_r": 1}
+    options = {"use_dora_adaptive": True, "init_lora_weights": False, "orth_reg_weight": 0.3, **schedule, **options}
+    model = get_peft_model(SmallNet(sizes), AdaLoraConfig(target_modules=targets, **options)).to(dtype)
+    tuner = model.base_model
+    inputs, layers = torch.randn(6, sizes[0], dtype=dtype), list(tuner.model.layers)
+    with torch.no_grad():
+        for layer in layers:
+            for part in (layer.lora_A, layer.lora_E, layer.lora_B):
+                part["default"].mul_(0.3)
+    if mesh is not None:
+        arguments = {"mesh": mesh, "shard_placement_fn": lambda param: placement_at(param, dim)}
+        for index in range(len(layers)) if by_layer else ():
+            if index != left_out:
+                fully_shard(layers[index], **arguments)
+        fully_shard(tuner, **arguments, ignored_params=set(layers[left_out].parameters()) if left_out else None)
+    results = {"loss": [], "scores": [], "kept": []}
+    optimizer = torch.optim.SGD((param for param in model.parameters() if param.requires_grad), lr=0.1)
+    for step in range(7):
+        if step == 2 and resumes and averages is not None:
+            tuner.rankallocator.load_state_dict(averages)
+        loss = tuner(inputs).loss
+        loss.backward()
+        if step == 0:
+            results["gradients"] = {
+                name: whole(param.grad).clone() for name, param in model.named_parameters() if param.grad is not None
+            }
+        optimizer.step()
+        if step == 2 and (mesh is None or mesh.get_coordinate()[-1] == 0):
+            local(layers[0].lora_B["default"].grad).fill_(torch.inf)
+        tuner.update_and_allocate(step)
+        optimizer.zero_grad()
+        results["loss"].append(loss.detach())
+        if step < 6:  # the last allocation drops them
+            allocator = tuner.rankallocator
+            scores = triplet_scores(allocator.exp_avg_ipt, allocator.exp_avg_unc, allocator.name_set)
+            results["scores"].append(torch.cat(scores))
+        results["kept"].append(tuner.rankallocator.kept)
+        if step == 1:
+            results["averages"] = tuner.rankallocator.state_dict()
+    return {**results, "adapter": adapter_of(model)}
+
+
+def train_small_nets(mesh_shape: list[int], averages: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    names = ("replicate", "shard")[-len(mesh_shape) :]
+    mesh = init_device_mesh("cpu", tuple(mesh_shape), mesh_dim_names=names)
+    return {name: train_small_net(mesh, averages=averages, **case) for name, case in SMALL_NETS.items()}
 
 
 def make_trainer_without_dropout(folder: Path, **arguments: Any) -> Trainer:
@@ -296,6 +410,8 @@ def main(mode: str, folder: Path, arguments: str = "{}") -> None:
         result = train_with_trainer(folder)
     elif mode == "trainer-fsdp2":
         result = train_with_fsdp(folder, **json.loads(arguments))
+    elif mode == "small-nets":
+        result = train_small_nets(averages=torch.load(folder / "averages.pt"), **json.loads(arguments))
     elif mode == "shard-each-layer":
         result = shard_each_layer()
     elif mode == "fsdp1":

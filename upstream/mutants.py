@@ -115,8 +115,8 @@ MUTANTS = [
         (
             Edit(
                 "allocator.py",
-                "if not all_finite(others) or not all(map(all_finite, importance.values())):",
-                "if False:",
+                "finite = all_finite([*others, *importance.values()])",
+                "finite = torch.tensor(True)",
             ),
         ),
         "test_skipped_steps.py",
@@ -150,7 +150,7 @@ MUTANTS = [
     ),
     Mutant(
         "do not mask",
-        (Edit("allocator.py", "values.masked_fill_(~masks.to(device), 0.0)", "pass"),),
+        (Edit("allocator.py", ".masked_fill_(~masks[sharding.local_indices(singular_values[0], 0)], 0.0)", ""),),
         first="test_adadora_model.py",
     ),
     Mutant(
@@ -163,12 +163,10 @@ MUTANTS = [
                 "            if self.adapter_name in getattr(layer, part)\n        }",
             ),
             Edit(
-                "allocator.py",
-                "return torch._foreach_add(of_E, torch._foreach_add(of_A, of_B))",
-                "return [\n"
-                '    score + self.exp_avg_ipt[name % "lora_magnitude"].mean()\n'
-                "    for name, score in zip(self.name_set, torch._foreach_add(of_E, torch._foreach_add(of_A, of_B)))\n"
-                "]",
+                "importance.py",
+                'return torch._foreach_add(of["lora_E"], torch._foreach_add(of["lora_A"], of["lora_B"]))',
+                'of_E = [averages[n % "lora_magnitude"].mean() + score for n, score in zip(names, of["lora_E"])]\n'
+                '    return torch._foreach_add(of_E, torch._foreach_add(of["lora_A"], of["lora_B"]))',
             ),
         ),
         first="test_adadora_model.py",
@@ -182,9 +180,9 @@ MUTANTS = [
         "leave the score of B out",
         (
             Edit(
-                "allocator.py",
-                "torch._foreach_add(of_E, torch._foreach_add(of_A, of_B))",
-                "torch._foreach_add(of_E, of_A)",
+                "importance.py",
+                'torch._foreach_add(of["lora_A"], of["lora_B"])',
+                'of["lora_A"]',
             ),
         ),
         first="test_rank_allocator.py",

@@ -15,6 +15,7 @@
 """AdaLoRA's rank allocator with exact adapter names, batched scores, and a state that can be saved."""
 
 import warnings
+from collections import defaultdict
 from contextlib import suppress
 from typing import Optional
 
@@ -23,7 +24,7 @@ from torch import nn
 
 from . import sharding
 from . import stock_layer as stock
-from .importance import all_finite, keep_most_important, kept_triplets, mean_importance, updated_averages
+from .importance import all_finite, flat, keep_most_important, kept_triplets, triplet_scores, update_scores_
 from .parameter_names import FACTORS, adapted_layers, layer_of_E
 from .validation import warn_of_uncalled_layers
 
@@ -40,8 +41,10 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 class RankAllocator(stock.RankAllocator):
     """
-    PEFT's rank allocator, whose scores and ranks it has bit for bit. Magnitudes take no part in the importance. The
-    importance of sharded parameters is the importance of the full ones, the same on every process.
+    PEFT's rank allocator, whose scores and ranks it has bit for bit. Magnitudes take no part in the importance.
+
+    Each process keeps the averages of its own shards of sharded parameters. The scores are sums over all processes, so
+    they are the same on each, and round in another order than the scores of full parameters.
 
     `kept` is the rank pattern that the final phase masks with: the one of the last allocation, or of the weights that
     were loaded since. `None` if there were neither.
@@ -49,7 +52,8 @@ class RankAllocator(stock.RankAllocator):
 
     kept: Optional[dict[str, list[bool]]] = None
     expects_regularization = True  # until a backward pass has reached AdaLoRA's, or a warning says that none does
-    _gradients: Optional[sharding.GradientCapture] = None
+    _captured: Optional[sharding.GradientCapture] = None
+    _has_seen_finite: bool | torch.Tensor = True  # whether the averages have; a tensor until the host reads it
     _forwards = 0
 
     def count_forward(self, model: nn.Module) -> None:
@@ -99,54 +103,53 @@ class RankAllocator(stock.RankAllocator):
             `ValueError`: If no parameter has a gradient; nothing has changed then.
         """
         params = self._factors(model)
-        gradients = {name: self._gradient(name, param) for name, param in params.items()}
+        gradients = self._gradients(params)
         if all(gradient is None for gradient in gradients.values()):
             raise ValueError(
                 f"No factor of the adapter {self.adapter_name!r} has a gradient; call `update_and_allocate(step)` "
                 "after `optimizer.step()` and before `optimizer.zero_grad()`, and adapt layers that the model calls."
             )
-        groups = {}
-        for name, param in params.items():
-            groups.setdefault((param.device, param.dtype, sharding.is_sharded(param)), []).append(name)
-        importance = {}
-        for (*_, sharded), names in groups.items():
-            factors = [params[name].detach() if sharded else sharding.gather_full(params[name]) for name in names]
-            of_factors = [
-                torch.zeros_like(factor) if gradients[name] is None else gradients[name]
-                for name, factor in zip(names, factors)
-            ]
-            products = torch._foreach_mul(factors, of_factors)
-            products = [product.full_tensor() for product in products] if sharded else products
-            torch._foreach_abs_(products)
-            importance[tuple(names)] = products
+        values = {name: sharding.gather_partitioned(param) for name, param in params.items()}
+        groups, importance = defaultdict(list), {}
+        for name, value in values.items():
+            groups[value.device, value.dtype].append(name)
+        for names in groups.values():
+            slopes = (torch.zeros_like(values[name]) if gradients[name] is None else gradients[name] for name in names)
+            importance[tuple(names)] = (flat(values[name] for name in names) * flat(slopes)).abs_()
         others = [param.grad for param in model.parameters() if param.grad is not None and not param.grad.is_sparse]
-        if not all_finite(others) or not all(map(all_finite, importance.values())):
-            return
-        for names, values in importance.items():
-            old = (
-                [score[name].to(new) if name in score else torch.zeros_like(new) for name, new in zip(names, values)]
-                for score in (self.exp_avg_ipt, self.exp_avg_unc)
-            )
-            averages, uncertainties = updated_averages(values, *old, self.beta1, self.beta2)
-            self.ipt.update(zip(names, values))
-            self.exp_avg_ipt.update(zip(names, averages))
-            self.exp_avg_unc.update(zip(names, uncertainties))
+        finite = all_finite([*others, *importance.values()])
+        seen = self._has_seen_finite if self.exp_avg_ipt else False
+        self._has_seen_finite = True if seen is True else finite | seen
+        for names, new in importance.items():
+            scores = [[self._score(kind, name, values[name]) for name in names] for kind in ("ipt", *AVERAGES)]
+            update_scores_(scores, new, finite, self.beta1, self.beta2)
 
-    def _gradient(self, name: str, param: nn.Parameter) -> Optional[torch.Tensor]:
-        if self._gradients is not None and name in self._gradients.sums:
-            return self._gradients.mean_over_processes(name)
-        if sharding.has_master_copy(param):
+    def _score(self, kind: str, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What this process holds of `ipt` or of an average, which is in dtype, device and shards like the factor."""
+        scores = getattr(self, kind)
+        score = scores[name].to(value.device, value.dtype) if name in scores else torch.zeros_like(value)
+        scores[name] = sharding.shard_like(score, value)
+        return sharding.local_part(scores[name])
+
+    def _gradients(self, params: dict[str, nn.Parameter]) -> dict[str, Optional[torch.Tensor]]:
+        captured = self._captured.take_means() if self._captured is not None else {}
+        if not captured and any(map(sharding.has_master_copy, params.values())):
             raise ValueError(
                 "DeepSpeed clears gradients before the rank allocator can see them; pass `AdaLoraCallback()` to the "
                 "Trainer, or call `rankallocator.capture_gradients(model)` before training."
             )
-        return param.grad
+        return {name: captured.get(name, param.grad) for name, param in params.items()}
 
     def capture_gradients(self, model: nn.Module) -> None:
         """Sum up gradients for `update_ipt` from now on. Call it before training with DeepSpeed, which clears them."""
-        if self._gradients is not None:
-            self._gradients.remove()
-        self._gradients = sharding.GradientCapture(self._factors(model))
+        if self._captured is not None:
+            self._captured.remove()
+        self._captured = sharding.GradientCapture(self._factors(model))
+
+    def has_averages(self) -> bool:
+        """Whether any gradients have been finite. The host waits for the device until they have been once."""
+        self._has_seen_finite = bool(self._has_seen_finite)
+        return bool(self.exp_avg_ipt) and self._has_seen_finite
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> Optional[dict[str, list[bool]]]:
         """
@@ -160,42 +163,34 @@ class RankAllocator(stock.RankAllocator):
             `dict[str, list[bool]]`, *optional*: The kept triplets, by the name of each `lora_E` in the model. `None`
             if no gradient has been finite yet; nothing is masked then.
         """
-        if not self.exp_avg_ipt:
+        if not self.has_averages():
             return None
         if self.kept is None or (budget < self.init_bgt and not self._is_pruned()):  # the first since a resume, too
             warn_of_uncalled_layers(adapted_layers(model, self.adapter_name), self.adapter_name, self.exp_avg_ipt)
-        kept = keep_most_important(self._triplet_scores(), budget)
+        scores = triplet_scores(self.exp_avg_ipt, self.exp_avg_unc, self.name_set)
+        kept = keep_most_important(scores, budget)
         self.kept = {name % "lora_E": mask for name, mask in zip(self.name_set, kept)}
         self.mask_using_rank_pattern(model, self.kept)
         return self.kept
-
-    def _triplet_scores(self) -> list[torch.Tensor]:
-        """
-        The importance of the triplets of each layer of `name_set`, (r,): the importance of the singular value plus the
-        mean importance of each vector's elements.
-        """
-        of_E, of_A, of_B = (
-            mean_importance(*([getattr(self, kind)[name % part] for name in self.name_set] for kind in AVERAGES), dim)
-            for part, dim in (("lora_E", 1), ("lora_A", 1), ("lora_B", 0))
-        )
-        return torch._foreach_add(of_E, torch._foreach_add(of_A, of_B))
 
     @torch.no_grad()
     def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:
         """Set the singular values that a rank pattern, with or without the adapter's name, prunes to zero."""
         layers = adapted_layers(model, self.adapter_name)
-        groups = {}
+        groups = defaultdict(list)
         for key, kept in rank_pattern.items():
             lora_E = layers[layer_of_E(key, self.adapter_name)].lora_E[self.adapter_name]
             mask = torch.as_tensor(kept).bool().view(-1, 1)
-            if sharding.is_sharded(lora_E) or sharding.has_master_copy(lora_E):
+            if sharding.has_master_copy(lora_E):
                 sharding.copy_full_(lora_E, sharding.gather_full(lora_E).masked_fill(~mask.to(lora_E.device), 0.0))
             else:
-                groups.setdefault((lora_E.device, lora_E.dtype), []).append((lora_E, mask))
-        for (device, _), params in groups.items():
-            values, masks = (torch.cat(tensors) for tensors in zip(*params))
-            values.masked_fill_(~masks.to(device), 0.0)
-            torch._foreach_copy_([lora_E for lora_E, _ in params], values.split([len(mask) for _, mask in params]))
+                groups[lora_E.device, lora_E.dtype, len(lora_E), sharding.layout(lora_E)].append((lora_E, mask))
+        for (device, *_), params in groups.items():
+            singular_values, masks = zip(*params)
+            masks = torch.cat(masks, dim=1).to(device, non_blocking=True)
+            local = list(map(sharding.local_part, singular_values))
+            values = torch.cat(local, dim=1).masked_fill_(~masks[sharding.local_indices(singular_values[0], 0)], 0.0)
+            torch._foreach_copy_(local, values.split(1, dim=1))
 
     @torch.no_grad()
     def mask_other_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
@@ -218,15 +213,19 @@ class RankAllocator(stock.RankAllocator):
             for name, layer in adapted_layers(model, self.adapter_name).items()
         }
         if not any(lora_E.is_meta for lora_E in values.values()):
-            kept = kept_triplets({key: sharding.gather_full(lora_E) for key, lora_E in values.items()})
+            kept = kept_triplets(values)
             self.kept = kept if any(map(any, kept.values())) else None  # not of a new adapter
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
         Copies of the averages, by `exp_avg_ipt.<name>` and `exp_avg_unc.<name>` for each A, E and B in the model. The
-        weights tell which triplets are kept. For `accelerator.register_for_checkpointing(allocator)`.
+        weights tell which triplets are kept. For `accelerator.register_for_checkpointing(allocator)`. With sharded
+        parameters, every process has to call this, and gets the full averages.
         """
-        return {f"{kind}.{name}": score.clone() for kind in AVERAGES for name, score in getattr(self, kind).items()}
+        if not self.has_averages():
+            return {}
+        scores = ((f"{kind}.{name}", score) for kind in AVERAGES for name, score in getattr(self, kind).items())
+        return {key: sharding.gather_full(score).clone() for key, score in scores}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """
@@ -241,6 +240,7 @@ class RankAllocator(stock.RankAllocator):
         for key in sorted(expected - state_dict.keys()) if state_dict else ():
             raise ValueError(f"{key} is missing from the allocator's state.")
         self.reset_ipt()
+        self._has_seen_finite = True
         for key, score in state_dict.items():
             kind, _, name = key.partition(".")
             getattr(self, kind)[name] = score.clone()

@@ -16,54 +16,90 @@
 https://openreview.net/forum?id=lq62uWRJjiY). All layers are computed at once, and round as PEFT's allocator does."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
 
-from .sharding import holds_on_all, is_sharded
+from .parameter_names import DIM_OF_RANK, FACTORS
+from .rows import norm_dtype
+from .sharding import full_shape, is_sharded, layout, local_indices, local_part, sum_over_shards
 
 
 Tensors = list[torch.Tensor]
 
 
-def all_finite(tensors: Tensors) -> bool:
-    """Whether no tensor has an entry that is infinite or NaN. With DTensors, every process has to call this."""
-    if not tensors:
-        return True
-    local = [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
-    largest = torch._foreach_norm([part for part in local if part.numel()] or [local[0].new_zeros(1)], torch.inf)
+def all_finite(tensors: Tensors) -> torch.Tensor:
+    """
+    Whether no tensor has an entry that is infinite or NaN, as a tensor, so that the host need not wait. With DTensors,
+    every process has to call this.
+    """
+    local = [part for part in map(local_part, tensors) if part.numel()] or [torch.zeros(1)]
+    largest = torch._foreach_norm(local, torch.inf)
     finite = torch.stack([norm.to(local[0].device, torch.float32) for norm in largest]).isfinite().all()
-    return bool(holds_on_all(finite) if any(map(is_sharded, tensors)) else finite)
+    for of_mesh in {tensor.device_mesh: layout(tensor) for tensor in tensors if is_sharded(tensor)}.values():
+        finite = sum_over_shards([(~finite).int()], *of_mesh)[0] == 0
+    return finite
 
 
-def updated_averages(
-    importance: Tensors, averages: Tensors, uncertainties: Tensors, beta1: float, beta2: float
-) -> tuple[Tensors, Tensors]:
+def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """All entries of tensors that this process holds."""
+    return torch.cat([local_part(tensor).reshape(-1) for tensor in tensors])
+
+
+def update_scores_(
+    scores: Sequence[Tensors], importance: torch.Tensor, finite: torch.Tensor, beta1: float, beta2: float
+) -> None:
     """
-    The exponential moving averages of the importance |w · ∂L/∂w| of each entry, and of its deviation from the average,
-    one step on. All lists hold tensors of the same shapes, dtypes and devices.
+    One step, if the gradients are finite, of the importance |w · ∂L/∂w| of each entry and of the exponential moving
+    averages of it and of its deviation from the average. `scores` has the tensors of each of the three, `importance`
+    the new entries, [`flat`].
     """
+    before = [flat(tensors) for tensors in scores]
     # a multiplication and an addition each, so that they round as PEFT's do: `lerp` would fuse them
-    averages = torch._foreach_mul(averages, beta1)
-    torch._foreach_add_(averages, torch._foreach_mul(importance, 1 - beta1))
-    change = torch._foreach_sub(importance, averages)
-    torch._foreach_abs_(change)
-    uncertainties = torch._foreach_mul(uncertainties, beta2)
-    torch._foreach_add_(uncertainties, torch._foreach_mul(change, 1 - beta2))
-    return averages, uncertainties
+    average = before[1] * beta1 + importance * (1 - beta1)
+    uncertainty = before[2] * beta2 + (importance - average).abs_() * (1 - beta2)
+    for tensors, old, new in zip(scores, before, (importance, average, uncertainty)):
+        chosen = torch.where(finite.to(new.device), new, old).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(chosen, tensors)])
 
 
-def mean_importance(averages: Tensors, uncertainties: Tensors, dim: int) -> Tensors:
-    """The mean over `dim` of average times uncertainty, for matrices of which those of equal shape are stacked."""
-    groups, means = defaultdict(list), {}
-    for index, average in enumerate(averages):
-        groups[average.shape, average.dtype, average.device].append(index)
-    for indices in groups.values():
-        products = torch.stack([averages[index] for index in indices])
-        products.mul_(torch.stack([uncertainties[index] for index in indices]))
-        means.update(zip(indices, products.mean(dim=1 + dim)))
-    return [means[index] for index in range(len(averages))]
+def mean_products(factors: Sequence[Tensors], dims: Sequence[int]) -> Tensors:
+    """
+    The mean over one dimension of the elementwise product of matrices, one from each list in `factors`. Those of equal
+    shape are stacked. Each process multiplies its shards of DTensors, and one all-reduce sums the results.
+    """
+    groups, parts, means = defaultdict(list), defaultdict(dict), {}
+    for index, (matrix, dim) in enumerate(zip(factors[0], dims)):
+        groups[dim, full_shape(matrix), matrix.dtype, matrix.device, layout(matrix)].append(index)
+    for (dim, shape, dtype, *_), indices in groups.items():
+        products = torch.stack([local_part(factors[0][index]) for index in indices])
+        for others in factors[1:]:
+            products.mul_(torch.stack([local_part(others[index]) for index in indices]))
+        first = factors[0][indices[0]]
+        if is_sharded(first):
+            sums = products.sum(dim=1 + dim, dtype=norm_dtype(dtype)) / shape[dim]
+            of_all = sums.new_zeros(len(indices), shape[1 - dim])
+            of_all[:, local_indices(first, 1 - dim)] = sums
+            parts[layout(first)].update(zip(indices, of_all))
+        else:
+            means.update(zip(indices, products.mean(dim=1 + dim)))
+    for of_mesh, of_indices in parts.items():
+        sums = sum_over_shards(list(of_indices.values()), *of_mesh)
+        means.update((index, total.to(factors[0][index].dtype)) for index, total in zip(of_indices, sums))
+    return [means[index] for index in range(len(dims))]
+
+
+def triplet_scores(averages: dict[str, torch.Tensor], uncertainties: dict[str, torch.Tensor], names: list) -> Tensors:
+    """
+    The importance of the triplets of each layer, (r,): the importance of the singular value plus the mean importance
+    of each vector's elements. `names` has a place for the name of the factor.
+    """
+    keys = [name % part for part in FACTORS for name in names]
+    dims = [1 - dim for dim in DIM_OF_RANK.values() for _ in names]
+    means = mean_products([[scores[key] for key in keys] for scores in (averages, uncertainties)], dims)
+    of = {part: means[index * len(names) : (index + 1) * len(names)] for index, part in enumerate(FACTORS)}
+    return torch._foreach_add(of["lora_E"], torch._foreach_add(of["lora_A"], of["lora_B"]))
 
 
 def keep_most_important(scores: Tensors, count: int) -> list[list[bool]]:
@@ -83,7 +119,8 @@ def keep_most_important(scores: Tensors, count: int) -> list[list[bool]]:
 
 def kept_triplets(values_of_E: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
     """The triplets of each layer whose singular value is not exactly 0, by the keys of `values_of_E`, each (r, 1)."""
-    return dict(zip(values_of_E, _as_lists([(values != 0).view(-1) for values in values_of_E.values()])))
+    full = mean_products([list(values_of_E.values())], [1] * len(values_of_E))
+    return dict(zip(values_of_E, _as_lists([values != 0 for values in full])))
 
 
 def _as_lists(masks: Sequence[torch.Tensor]) -> list[list[bool]]:

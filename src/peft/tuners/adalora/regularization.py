@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .sharding import check_not_flattened, is_sharded
+from .rows import norm_dtype
+from .sharding import check_not_flattened, is_sharded, layout, sum_over_shards
 
 
 def add_orthogonality_loss(
@@ -54,12 +55,44 @@ def orthogonality_loss(layers: Iterable[nn.Module], adapter_name: str) -> torch.
     for layer in layers:
         for factor, is_transposed in ((layer.lora_A[adapter_name], False), (layer.lora_B[adapter_name], True)):
             check_not_flattened(factor)
-            factor = factor.full_tensor() if is_sharded(factor) else factor
-            groups[is_transposed, factor.shape, factor.dtype, factor.device].append(factor)
+            if is_sharded(factor) and [p.dim for p in factor.placements if p.is_shard()] != [0]:
+                factor = factor.full_tensor()
+            groups[is_transposed, factor.shape, factor.dtype, factor.device, layout(factor)].append(factor)
+    products, sharded = [], defaultdict(dict)
+    for (is_transposed, shape, dtype, _, of_shards), factors in groups.items():
+        if of_shards:
+            local = torch.stack([factor.to_local() for factor in factors])
+            sharded[of_shards][is_transposed, shape, dtype] = local.mT if is_transposed else local
+        else:
+            stacked = torch.stack(factors)
+            products.append(stacked.mT @ stacked if is_transposed else stacked @ stacked.mT)
+    for of_shards, stacks in sharded.items():
+        products += products_of_shards(stacks, *of_shards)
     norms = []
-    for (is_transposed, *_), factors in groups.items():
-        stacked = torch.stack(factors)
-        products = stacked.mT @ stacked if is_transposed else stacked @ stacked.mT
-        identity = torch.eye(products.shape[1], dtype=products.dtype, device=products.device)
-        norms.append(torch.linalg.matrix_norm(products - identity))
+    for product in products:
+        identity = torch.eye(product.shape[1], dtype=product.dtype, device=product.device)
+        norms.append(torch.linalg.matrix_norm(product - identity))
     return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
+
+
+def products_of_shards(stacks: dict[tuple, torch.Tensor], mesh: Any, placements: tuple) -> list[torch.Tensor]:
+    """
+    V Vᵀ (layers, r, r) of each stack, V = A and V = Bᵀ, where FSDP2 shards the rows of A and B. An all-to-all changes
+    the rows of all A for columns, and their gradients back. An all-reduce sums what each process has multiplied.
+    """
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    (mesh_dim,) = (index for index, placement in enumerate(placements) if placement.is_shard())
+    size, sent, columns = mesh.size(mesh_dim), [], iter(())
+    for (is_transposed, (rank, length), _), rows in stacks.items():
+        if not is_transposed:
+            rows = nn.functional.pad(rows, (0, -length % size, 0, -(-rank // size) - rows.shape[1]))
+            sent.append(rows.unflatten(2, (size, -1)).movedim(2, 0))  # (processes, layers, rows, columns)
+    if sent:
+        together = torch.cat([part.flatten(1) for part in sent], dim=1)
+        received = all_to_all_single_autograd(together, None, None, mesh.get_group(mesh_dim))
+        received = received.split([part[0].numel() for part in sent], dim=1)
+        columns = (values.view(part.shape).movedim(1, 0).flatten(1, 2) for values, part in zip(received, sent))
+    vectors = (stack if key[0] else next(columns)[:, : key[1][0]] for key, stack in stacks.items())
+    products = [(part @ part.mT).to(norm_dtype(part.dtype)) for part in vectors]
+    return sum_over_shards(products, mesh, placements)

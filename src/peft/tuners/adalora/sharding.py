@@ -15,6 +15,7 @@
 """Parameters of which each process holds a part: FSDP2's DTensor, and DeepSpeed's ZeRO."""
 
 from functools import partial
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -53,42 +54,77 @@ def check_not_flattened(tensor: torch.Tensor) -> None:
         raise NotImplementedError(FSDP1_MESSAGE)
 
 
-def gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded or partitioned. Every process has to call this."""
+def gather_partitioned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, or all of one that ZeRO-3 partitions. Every process has to call this."""
     if is_partitioned(tensor) and tensor.numel() != tensor.ds_numel:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
+    return tensor.detach()
 
 
-def holds_on_all(condition: torch.Tensor) -> torch.Tensor:
-    """Whether a condition holds on every process. Every process has to call this."""
-    holds = condition.int()
-    dist.all_reduce(holds, dist.ReduceOp.MIN)
-    return holds
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded or partitioned. Every process has to call this."""
+    tensor = gather_partitioned(tensor)
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The shard of this process of a DTensor. All of another tensor, as of [`gather_full`]."""
+    return tensor.to_local().detach() if is_sharded(tensor) else gather_partitioned(tensor)
+
+
+def layout(tensor: torch.Tensor) -> Optional[tuple[Any, tuple]]:
+    """How FSDP2 shards a tensor: the mesh, and a placement for each of its dimensions. `None` if it does not."""
+    return (tensor.device_mesh, tuple(tensor.placements)) if is_sharded(tensor) else None
+
+
+def shard_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A tensor that is the same on every process, sharded like another one of its shape, without communication."""
+    if is_sharded(tensor) or not is_sharded(other):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def local_indices(tensor: torch.Tensor, dim: int) -> torch.Tensor | slice:
+    """Which indices of a dimension this process holds."""
+    if not is_sharded(tensor):
+        return slice(None)
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = [Shard(0) if placement.is_shard(dim) else Replicate() for placement in tensor.placements]
+    indices = torch.arange(tensor.shape[dim], device=tensor.device)
+    return distribute_tensor(indices, tensor.device_mesh, placements, src_data_rank=None).to_local()
+
+
+def sum_over_shards(parts: list[torch.Tensor], mesh: Any, placements: tuple) -> list[torch.Tensor]:
+    """
+    The sums of what each process has computed from its shards of DTensors of a [`layout`], in one all-reduce. In a
+    backward pass the gradient of a sum, which is the same on every process, is that of each part.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    reduced = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    together = torch.cat([part.flatten() for part in parts])
+    sums = DTensor.from_local(together, mesh, reduced, run_check=False).full_tensor()
+    return [total.view_as(part) for total, part in zip(sums.split([part.numel() for part in parts]), parts)]
 
 
 @torch.no_grad()
 def copy_full_(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Copy `values`, the same on every process, into a tensor that may be sharded or partitioned."""
-    values = values.to(tensor.device, tensor.dtype)
-    if has_master_copy(tensor):
-        import deepspeed
-
-        deepspeed.utils.safe_set_full_fp32_param(tensor, values.float())
-    if is_partitioned(tensor):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
-            tensor.copy_(values)
+    values = shard_like(values.to(tensor.device, tensor.dtype), tensor)
+    if not has_master_copy(tensor):
+        tensor.copy_(values)
         return
-    if is_sharded(tensor):
-        from torch.distributed.tensor import distribute_tensor
+    import deepspeed
 
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(values)
+    deepspeed.utils.safe_set_full_fp32_param(tensor, values.float())
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=is_partitioned(tensor)):
+        tensor.copy_(values)
 
 
 class GradientCapture:
@@ -110,13 +146,15 @@ class GradientCapture:
         else:
             self.sums[name] = gradient.detach().clone()
 
-    def mean_over_processes(self, name: str) -> torch.Tensor:
-        """Take the sum of a parameter, averaged over all processes. Every process has to call this."""
-        gradient = self.sums.pop(name)
-        if dist.is_initialized():
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
-        return gradient
+    def take_means(self) -> dict[str, torch.Tensor]:
+        """Take the sums, averaged over all processes in one all-reduce. Every process has to call this."""
+        sums, self.sums = dict(sorted(self.sums.items())), {}
+        if sums and dist.is_initialized():
+            together = torch.cat([gradient.flatten() for gradient in sums.values()])
+            dist.all_reduce(together)
+            means = (together / dist.get_world_size()).split([gradient.numel() for gradient in sums.values()])
+            return {name: mean.view_as(sums[name]) for name, mean in zip(sums, means)}
+        return sums
 
     def remove(self) -> None:
         """Stop capturing."""

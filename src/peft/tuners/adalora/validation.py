@@ -25,7 +25,7 @@ from torch import nn
 
 from .config import AdaLoraConfig
 from .parameter_names import FACTORS, adapted_layers, layer_of_E
-from .sharding import check_not_flattened, full_shape
+from .sharding import check_not_flattened, full_shape, gather_full
 
 
 # LoRA's options without an effect on AdaLoRA, besides `r`, of which PEFT warns
@@ -131,7 +131,7 @@ def warn_of_uncalled_layers(
             trained = {"lora_E": trained["lora_E"]}
         if trained:
             called[EXPERT.sub(r"\1*", name)][name] = any(
-                factor.grad is not None or bool(averages[f"{name}.{part}.{adapter_name}"].any())
+                factor.grad is not None or bool(gather_full(averages[f"{name}.{part}.{adapter_name}"]).any())
                 for part, factor in trained.items()
             )
     uncalled = [name for group in called.values() if not any(group.values()) for name in group]
@@ -161,7 +161,7 @@ def check_allocation(tuner: Any, global_step: int) -> None:
         raise ValueError(f"The adapter {adapter_name!r} that was in training has been deleted; add another to train.")
     config = tuner.peft_config[adapter_name]
     last = config.total_step - config.tfinal
-    can_decide = global_step < last or (global_step == last and allocator.exp_avg_ipt)
+    can_decide = global_step < last or (global_step == last and allocator.has_averages())
     if config.use_dora_adaptive and not can_decide and not allocator.kept:
         raise ValueError(
             f"`update_and_allocate({global_step})` finds no ranks to keep, because the budget phase ends at step "
