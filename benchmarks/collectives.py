@@ -66,7 +66,7 @@ class Collectives(TorchDispatchMode):
 
     numbers: Counter = field(default_factory=Counter, init=False)
     bytes: Counter = field(default_factory=Counter, init=False)
-    waits: int = field(default=0, init=False)
+    reads: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Collectives(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.numbers[name] += 1
             self.bytes[name] += max(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.waits += name == "_local_scalar_dense"
+        self.reads += name == "_local_scalar_dense"
         return result
 
 
@@ -144,7 +144,7 @@ def state_bytes(model: PeftModel) -> int:
 def count(variant: str, shape: tuple[int, ...], blocks: int) -> tuple[Counter, dict[str, str]]:
     """
     What a step takes: numbers and bytes of its collectives by phase and kind, the allocator's state in bytes, and how
-    often an allocation waits for a value. Beside it the errors of the phases that fail.
+    often the host reads a value in an allocation. Beside it the errors of the phases that fail.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     model, counters, found, errors = sharded_llama(variant, shape, blocks, fake), {}, Counter(), {}
@@ -165,7 +165,7 @@ def count(variant: str, shape: tuple[int, ...], blocks: int) -> tuple[Counter, d
         model = sharded_llama(variant, shape, blocks, nullcontext())
         try:
             counters["allocation"] = allocation(model)
-            found["waits"] = counters["allocation"].waits
+            found["reads"] = counters["allocation"].reads
         except ERRORS as error:
             errors["allocation"] = message(error)
         found["state"] = state_bytes(model)
@@ -179,7 +179,7 @@ def message(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
-def count_all(variant: str, name: str, processes: int) -> dict[str, Any]:
+def count_all(variant: str, name: str) -> dict[str, Any]:
     """
     The [`count`] of all blocks of a model, summed by phase, with the seconds that its collectives take with latency 1
     and with a bandwidth of 1 byte/s.
@@ -187,13 +187,13 @@ def count_all(variant: str, name: str, processes: int) -> dict[str, Any]:
     Raises:
         `AssertionError`: If a figure does not grow linearly with the number of blocks.
     """
-    blocks = SHAPES[name][-1]
+    blocks, processes = SHAPES[name][-1], dist.get_world_size()
     (one, errors), (two, _), (three, _) = (count(variant, SHAPES[name], number) for number in (1, 2, 3))
     found = {}
     for key in one.keys() | two.keys() | three.keys():
         assert three[key] - two[key] == two[key] - one[key], key
         found[key] = one[key] + (two[key] - one[key]) * (blocks - 1)
-    result = {"errors": errors, "state": found.pop("state", 0), "waits": found.pop("waits", 0)}
+    result = {"errors": errors, "state": found.pop("state", 0), "reads": found.pop("reads", 0)}
     for phase in ("forward", "backward", "regularization", "allocation"):
         of_phase = {key[1:]: number for key, number in found.items() if key[0] == phase}
         traffic = {kind: number for (kind, unit), number in of_phase.items() if unit == "bytes"}
@@ -221,12 +221,15 @@ def tables(settings: Settings) -> Iterator[Table]:
         latency = settings.latency_us or LATENCY_US[processes]
         bandwidth = settings.bandwidth_gbs or BANDWIDTH_GBS[processes]
         prices.append(f"{latency:g} µs and {bandwidth:g} GB/s with {processes} processes")
+        counted = {}
+        for with_us, variants in ((True, {LORA: LORA, ADADORA: ADADORA}), (False, {ADALORA: STOCK})):
+            arguments = json.dumps([processes, names, list(variants)])
+            output, _ = apart.start("collectives", arguments, with_us=with_us).communicate()
+            for name, variant, counts in json.loads(output.splitlines()[-1]):
+                counted[name, variants[variant]] = counts
         for name in names:
-            for variant, label in ((LORA, LORA), (ADALORA, STOCK), (ADADORA, ADADORA)):
-                arguments = json.dumps([variant, name, processes])
-                output, _ = apart.start("collectives", arguments, with_us=label != STOCK).communicate()
-                counts = json.loads(output.splitlines()[-1])
-                row = {"model": name, "processes": processes, "method": label}
+            for method in (LORA, STOCK, ADADORA):
+                counts, row = counted[name, method], {"model": name, "processes": processes, "method": method}
                 for title, phases in (
                     ("forward and backward", ("forward", "backward")),
                     ("regularization", ("regularization",)),
@@ -234,13 +237,13 @@ def tables(settings: Settings) -> Iterator[Table]:
                 ):
                     figures = cells(counts, phases, latency, bandwidth)
                     row |= dict(zip((title, f"{title} (MB)", f"{title} (ms)"), figures))
-                rows.append({**row, "waits": counts["waits"], "state (MB)": counts["state"] / 1e6})
+                rows.append({**row, "reads": counts["reads"], "state (MB)": counts["state"] / 1e6})
     yield Table(
         "collectives",
         "Collectives of a training step under FSDP2, counted and not timed",
         rows,
         f"All linear layers of all blocks at rank {RANK}, each block a unit, without embedding and head. Bytes "
-        "count the largest tensor of each collective. `waits` is how often the host reads a value in an "
+        "count the largest tensor of each collective. `reads` is how often the host reads a value in an "
         "allocation, `state` the averages of the allocator on the first process, which has the most. Price of a "
         f"collective: {'; '.join(prices)}.",
     )
@@ -249,6 +252,6 @@ def tables(settings: Settings) -> Iterator[Table]:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # fake tensors log the errors that they raise
-    arguments = json.loads(sys.argv[1])
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments[-1])
-    print(json.dumps(count_all(*arguments)))
+    processes, names, variants = json.loads(sys.argv[1])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    print(json.dumps([(name, variant, count_all(variant, name)) for name in names for variant in variants]))

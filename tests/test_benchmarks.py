@@ -348,6 +348,45 @@ class TestLaunches:
         assert ours["forward"] == stock["forward"]
 
 
+class TestCollectives:
+    """The counts are exact, so these hold what a training step asks of a network."""
+
+    @pytest.fixture(scope="class")
+    def rows(self, bench):
+        settings = bench.settings.Settings(CPU, 1, quick=True, latency_us=10.0, bandwidth_gbs=1.0)
+        (table,) = bench.collectives.tables(settings)
+        return {row["method"]: row for row in table.rows}
+
+    def test_adadora_adds_five_to_the_gathers_and_scatters_of_lora(self, rows):
+        lora, adadora = rows["LoRA"], rows["AdaDoRA"]
+        # a gather in each pass and a scatter for each of 4 blocks, and a gather of what is left of the model
+        assert lora["forward and backward"] == adadora["forward and backward"] == 4 * 3 + 1
+        assert (lora["regularization"], lora["allocation"], lora["state (MB)"]) == (0, 0, 0)
+        assert (adadora["regularization"], adadora["allocation"]) == (3, 2)
+
+    def test_pefts_adalora_stops_with_an_error(self, rows):
+        stock = rows["PEFT's AdaLoRA"]
+        assert stock["forward and backward"] == 4 * 3 + 1
+        assert "Error" in stock["regularization"] and "Error" in stock["allocation"]
+
+    def test_the_state_is_that_of_the_shards(self, rows):
+        # 2 of 12 rows of A and E, and an eighth of the rows of B, in float32, of the average and two more
+        lengths = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]
+        of_a_block = sum(2 * length + 2 + 12 * out // 8 for length, out in lengths)
+        assert rows["AdaDoRA"]["state (MB)"] == 4 * 4 * 3 * of_a_block / 1e6
+
+    def test_the_price_is_that_of_latency_and_bytes(self, bench):
+        counts = {"errors": {}, "allocation": {"number": 2, "bytes": 3e6, "passed": 5e6}}
+        assert bench.collectives.cells(counts, ("allocation",), 10.0, 2.0) == [2, 3.0, pytest.approx(0.02 + 2.5)]
+
+    def test_a_count_that_is_not_linear_is_an_error(self, bench, monkeypatch):
+        counts = {1: {"state": 1}, 2: {"state": 2}, 3: {"state": 4}}
+        monkeypatch.setattr(bench.collectives, "count", lambda variant, shape, blocks: (counts[blocks], {}))
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+        with pytest.raises(AssertionError, match="state"):
+            bench.collectives.count_all("AdaDoRA", "a small Llama")
+
+
 @pytest.fixture(scope="module")
 def folder(bench, tmp_path_factory):
     """Where the command for a GPU, run on a CPU at small sizes, has written what it found."""
