@@ -77,6 +77,7 @@ class Plan:
         short: The cells with few steps, where the changes of `SLOW_START` are compared.
         judged: The cells where the best of those changes are judged.
         regularized: The cells where forms of the regularization are compared.
+        weighed: The cells where the weight of the decoupled one was chosen.
     """
 
     cells: tuple[Cell, ...]
@@ -86,6 +87,7 @@ class Plan:
     short: tuple[Cell, ...] = ()
     judged: tuple[Cell, ...] = ()
     regularized: tuple[Cell, ...] = ()
+    weighed: tuple[Cell, ...] = ()
 
     def tuning(self, cell: Cell, method: str, ablation: Optional[str] = None) -> list[Run]:
         adaptive = method in (ADALORA, ADADORA)
@@ -179,6 +181,8 @@ class Plan:
         for cell in self.regularized:
             yield from self.comparison(log, cell, [(ADADORA, DECOUPLED)])
             yield from self.comparison(log, replace(cell, ranks=(RANK,)), OTHER_REGULARIZATIONS)
+        for cell in self.weighed:
+            yield from self.comparison(log, cell, [(ADADORA, DECOUPLED)])
         for cell in self.loraplus:
             yield [run for name in LORAPLUS for run in self.loraplus_trials(log, cell, name)]
             yield [runs[1] for name in LORAPLUS for runs in self.loraplus_finalists(log, cell, name)]
@@ -215,8 +219,8 @@ FULL = Plan(
         Cell("digits", 200, steps=50, ranks=(RANK,), seeds=5),
     ),
     judged=(TWEETS, SPEAKERS, PARAPHRASES),
-    # the weight was chosen on the last two
-    regularized=(REVIEWS, TWEETS, SPEAKERS, FEWEST, DIGITS),
+    regularized=(REVIEWS, TWEETS, SPEAKERS),
+    weighed=(FEWEST, DIGITS),
 )
 QUICK = Plan(
     cells=(
