@@ -1,17 +1,22 @@
 """Tables and plots of what was recorded."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Optional
 
 import numpy as np
-from ablations import ABLATIONS, LORAPLUS, LORAPLUS_RATIO, SLOW_START, TUNED
+import torch
+from ablations import ABLATIONS, ADAPTER, DECOUPLED, LORAPLUS, LORAPLUS_RATIO, SLOW_START, TUNED, layers
 from counters import peak_bytes
-from plan import LORAPLUS_SEEDS, RANK, Candidate, Cell, Log, Plan
+from plan import LORAPLUS_SEEDS, OTHER_REGULARIZATIONS, RANK, Candidate, Cell, Log, Plan
 from report import Table
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run, Training
+
+from peft.tuners.adalora.regularization import orthogonality_loss
 
 
 RESAMPLES = 10_000
@@ -118,6 +123,19 @@ def compared_row(plan: Plan, log: Log, cell: Cell, rank: int) -> dict[str, Any]:
     }
 
 
+def needed_row(plan: Plan, log: Log, cell: Cell) -> dict[str, Any]:
+    """How many seeds, and how many test examples, an interval of ± 1 point would have needed, each by itself."""
+    gain = right(log, plan.compared(log, cell, ADADORA, RANK)) - right(log, plan.compared(log, cell, LORA, RANK))
+    deviations = {"seeds": gain.mean(axis=1).std(ddof=1), "test examples": gain.mean(axis=0).std(ddof=1)}
+    return {
+        **labels(cell),
+        **{
+            name: f"{math.ceil((1.96 * deviation / 0.01) ** 2):,} instead of {count}"
+            for (name, deviation), count in zip(deviations.items(), gain.shape)
+        },
+    }
+
+
 def pairs(plan: Plan, log: Log, cells: Sequence[Cell], this: Candidate, reference: Candidate) -> list[Pair]:
     """The runs of two candidates in all rows of these cells."""
     return [
@@ -174,6 +192,72 @@ def mended_rows(plan: Plan, log: Log, change: str) -> list[dict[str, Any]]:
         f"− {name}": pairs(plan, log, plan.judged, (ADADORA, change), (name, None)) for name in (ADADORA, DORA, LORA)
     }
     return [{"changed": change, **row} for row in summary_rows(log, columns)]
+
+
+def decoupled_row(plan: Plan, log: Log, cell: Cell, rank: int) -> dict[str, Any]:
+    """AdaDoRA with the decoupled regularization, and how much more accurate it is than the methods."""
+    runs = plan.compared(log, cell, ADADORA, rank, DECOUPLED)
+    references = {name: plan.compared(log, cell, name, rank) for name in (LORA, DORA, ADALORA, ADADORA)}
+    return {
+        **labels(cell),
+        "rank": rank,
+        "learning rate": f"{runs[0].lr:g}",
+        f"{LORA}'s": f"{references[LORA][0].lr:g}",
+        "accuracy": mean_and_deviation(log, runs),
+        **{f"− {name}": interval(difference(log, runs, reference)) for name, reference in references.items()},
+    }
+
+
+def regularization_rows(plan: Plan, log: Log, cell: Cell) -> list[dict[str, Any]]:
+    """AdaLoRA and AdaDoRA with each form of the regularization, at one rank."""
+    lora = plan.compared(log, cell, LORA, RANK)
+    rows = []
+    for method, name in ((ADALORA, None), (ADADORA, None), (ADADORA, DECOUPLED), *OTHER_REGULARIZATIONS):
+        where = replace(cell, ranks=(RANK,)) if (method, name) in OTHER_REGULARIZATIONS else cell
+        runs, term = plan.compared(log, where, method, RANK, name), plan.compared(log, cell, method, RANK)
+        rows.append(
+            {
+                **labels(cell),
+                "method": method,
+                "regularization": name or "term of the loss",
+                **settings(runs[0]),
+                "accuracy": mean_and_deviation(log, runs),
+                "more than with the term": interval(difference(log, runs, term)) if name else "",
+                f"more than {LORA}": interval(difference(log, runs, lora)),
+            }
+        )
+    return rows
+
+
+def gradient_rows(run: Run) -> list[dict[str, Any]]:
+    """Norms of the gradients of the model's own loss and of AdaLoRA's term for all A and B together, in training."""
+    training = Training(run)
+    batch = training.data.collate(training.data.sample(run.examples, run.seed))
+    adapted = layers(training.model)
+    factors = [part[ADAPTER] for layer in adapted for part in (layer.lora_A, layer.lora_B)]
+    weight = training.model.peft_config[ADAPTER].orth_reg_weight
+    rows = []
+    for step in range(run.steps + 1):
+        if step in (0, 1, 2, 5, 10, 20, run.steps):
+            training.model.eval()  # without the term
+            losses = training.model(**batch).loss, weight * orthogonality_loss(adapted, ADAPTER)
+            norms = [
+                torch.cat([part.flatten() for part in torch.autograd.grad(loss, factors)]).norm() for loss in losses
+            ]
+            rows.append(
+                {
+                    "steps done": step,
+                    "gradient of the loss": f"{norms[0]:.1e}",
+                    "gradient of the term": f"{norms[1]:.1e}",
+                    "term / loss": f"{norms[1] / norms[0]:.2g}" if norms[0] else "∞",
+                    "mean norm of a row of A": f"{torch.cat([f.norm(dim=1) for f in factors[::2]]).mean():.2f}",
+                    "mean |E|": f"{torch.cat([layer.lora_E[ADAPTER] for layer in adapted]).abs().mean():.3f}",
+                }
+            )
+            training.model.train()
+        if step < run.steps:
+            training.step()
+    return rows
 
 
 def equal_parameters_rows(plan: Plan, log: Log) -> list[dict[str, Any]]:
@@ -296,6 +380,15 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "in each over seeds and examples). A row is won if its own interval lies above 0, and lost if below.",
         ),
     ]
+    result.append(
+        Table(
+            "needed",
+            "Seeds and test examples that a difference of 1 point needs",
+            [needed_row(plan, log, cell) for cell in plan.cells],
+            f"{ADADORA} − {LORA} at rank {RANK}: for a 95 % interval of ± 1 point, by the deviation over seeds alone, "
+            "and by that over test examples alone.",
+        )
+    )
     if plan.ablated:
         where = f"{plan.ablated.task}, {plan.ablated.examples} examples"
         result += [
@@ -326,6 +419,32 @@ def tables(plan: Plan, log: Log) -> list[Table]:
                 "The first was best on average above, the others in one of the tasks. Each has trials of its own.",
             )
         )
+    if plan.regularized:
+        result += [
+            Table(
+                "decoupled",
+                "AdaDoRA with the decoupled regularization",
+                [
+                    decoupled_row(plan, log, cell, rank)
+                    for cell in (*plan.regularized, *plan.weighed)
+                    for rank in cell.ranks
+                ],
+                f"With a weight of 10, which was chosen on {' and '.join(cell.task for cell in plan.weighed)}. It has "
+                "as many trials as a method.",
+            ),
+            Table(
+                "gradients",
+                "Gradients of the loss and of the term",
+                gradient_rows(plan.compared(log, plan.regularized[0], ADADORA, RANK)[0]),
+                f"AdaDoRA as it is on {plan.regularized[0].task}, norms over all A and B; rank {RANK}, one seed.",
+            ),
+            Table(
+                "regularizations",
+                "Forms of the regularization",
+                [row for cell in plan.regularized for row in regularization_rows(plan, log, cell)],
+                f"Rank {RANK}. Each form has as many trials as a method.",
+            ),
+        ]
     if plan.loraplus:
         result.append(
             Table(
@@ -343,7 +462,8 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "chosen",
             "Settings chosen",
             [chosen_row(plan, log, cell, method) for cell in plan.cells for method in METHODS]
-            + [chosen_row(plan, log, cell, ADADORA, change) for cell in plan.judged for change in plan.mends(log)],
+            + [chosen_row(plan, log, cell, ADADORA, change) for cell in plan.judged for change in plan.mends(log)]
+            + [chosen_row(plan, log, cell, ADADORA, DECOUPLED) for cell in (*plan.regularized, *plan.weighed)],
             f"Accuracy on the validation examples in per cent: of all trials at rank {RANK}, and of a second run of "
             "the best at the highest rank. The trials are learning rates of "
             f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, each with a scale of "

@@ -12,17 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""AdaLoRA's regularization, which pulls the factors towards orthogonality."""
+"""AdaLoRA's regularization, which pulls the factors towards orthogonality: a term of the loss or a step."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
+from .parameter_names import adapted_layers
 from .rows import norm_dtype
-from .sharding import check_not_flattened, is_sharded, layout, sum_over_shards
+from .sharding import check_not_flattened, has_master_copy, is_sharded, layout, local_part, sum_over_shards
+
+
+Factor = tuple[torch.Tensor, bool]  # A or B, and whether it is B, whose columns have to be orthogonal
 
 
 def add_orthogonality_loss(
@@ -46,33 +50,51 @@ def add_orthogonality_loss(
     outputs.loss = outputs.loss + term
 
 
+def factors_of(layers: Iterable[nn.Module], adapter_name: str) -> list[Factor]:
+    """A and B of each layer."""
+    factors = []
+    for layer in layers:
+        factors += [(layer.lora_A[adapter_name], False), (layer.lora_B[adapter_name], True)]
+    for factor, _ in factors:
+        check_not_flattened(factor)
+    return factors
+
+
 def orthogonality_loss(layers: Iterable[nn.Module], adapter_name: str) -> torch.Tensor:
     """
     The mean of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ (Frobenius norms) over all layers, for A (r, in) and B (out, r), which may be
-    sharded by FSDP2. Factors of equal shape are multiplied at once.
+    sharded by FSDP2.
+    """
+    norms = [torch.linalg.matrix_norm(matrices) for _, matrices in differences(factors_of(layers, adapter_name))]
+    return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
+
+
+def differences(factors: Sequence[Factor]) -> list[tuple[list[int], torch.Tensor]]:
+    """
+    A Aᵀ − I and Bᵀ B − I (factors, r, r), of factors of equal shape at once, with the indices of these factors. The
+    matrices of sharded factors are the same on every process.
     """
     groups = defaultdict(list)
-    for layer in layers:
-        for factor, is_transposed in ((layer.lora_A[adapter_name], False), (layer.lora_B[adapter_name], True)):
-            check_not_flattened(factor)
-            if is_sharded(factor) and [p.dim for p in factor.placements if p.is_shard()] != [0]:
-                factor = factor.full_tensor()
-            groups[is_transposed, factor.shape, factor.dtype, factor.device, layout(factor)].append(factor)
+    for index, (factor, is_B) in enumerate(factors):
+        if is_sharded(factor) and [placement.dim for placement in factor.placements if placement.is_shard()] != [0]:
+            factor = factor.full_tensor()
+        groups[is_B, factor.shape, factor.dtype, factor.device, layout(factor)].append((index, factor))
     products, sharded = [], defaultdict(dict)
-    for (is_transposed, shape, dtype, _, of_shards), factors in groups.items():
+    for (is_B, shape, dtype, _, of_shards), members in groups.items():
+        indices, tensors = map(list, zip(*members))
         if of_shards:
-            local = torch.stack([factor.to_local() for factor in factors])
-            sharded[of_shards][is_transposed, shape, dtype] = local.mT if is_transposed else local
+            local = torch.stack([factor.to_local() for factor in tensors])
+            sharded[of_shards][is_B, shape, dtype] = indices, local.mT if is_B else local
         else:
-            stacked = torch.stack(factors)
-            products.append(stacked.mT @ stacked if is_transposed else stacked @ stacked.mT)
+            stacked = torch.stack(tensors)
+            products.append((indices, stacked.mT @ stacked if is_B else stacked @ stacked.mT))
     for of_shards, stacks in sharded.items():
-        products += products_of_shards(stacks, *of_shards)
-    norms = []
-    for product in products:
-        identity = torch.eye(product.shape[1], dtype=product.dtype, device=product.device)
-        norms.append(torch.linalg.matrix_norm(product - identity))
-    return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
+        sums = products_of_shards({key: stack for key, (_, stack) in stacks.items()}, *of_shards)
+        products += zip((indices for indices, _ in stacks.values()), sums)
+    return [
+        (indices, product - torch.eye(product.shape[1], dtype=product.dtype, device=product.device))
+        for indices, product in products
+    ]
 
 
 def products_of_shards(stacks: dict[tuple, torch.Tensor], mesh: Any, placements: tuple) -> list[torch.Tensor]:
@@ -96,3 +118,58 @@ def products_of_shards(stacks: dict[tuple, torch.Tensor], mesh: Any, placements:
     vectors = (stack if key[0] else next(columns)[:, : key[1][0]] for key, stack in stacks.items())
     products = [(part @ part.mT).to(norm_dtype(part.dtype)) for part in vectors]
     return sum_over_shards(products, mesh, placements)
+
+
+def factors_to_orthogonalize(
+    model: nn.Module, adapter_name: str, optimizer: Optional[torch.optim.Optimizer]
+) -> list[tuple[Factor, Any]]:
+    """
+    A and B of all layers that an optimizer trains, each with its learning rate, for [`orthogonalize_`].
+
+    Raises:
+        `ValueError`: If there is no optimizer, or if it trains none of the factors.
+        `NotImplementedError`: With DeepSpeed, which trains copies of the factors.
+    """
+    rates = {param: group["lr"] for group in getattr(optimizer, "param_groups", ()) for param in group["params"]}
+    factors = factors_of(adapted_layers(model, adapter_name).values(), adapter_name)
+    if any(has_master_copy(factor) for factor, _ in factors):
+        raise NotImplementedError(
+            "`orth_reg_decoupled=True` does not work with DeepSpeed, which trains copies of the factors; set it to "
+            "`False`."
+        )
+    trained = [((factor, is_B), rates[factor]) for factor, is_B in factors if factor in rates]
+    if not trained:
+        raise ValueError(
+            "`orth_reg_decoupled=True` needs the optimizer that trains the adapter; call `update_and_allocate(step, "
+            "optimizer)`."
+        )
+    return trained
+
+
+@torch.no_grad()
+def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float) -> None:
+    """
+    Move A (r, in) and B (out, r) towards orthogonality, apart from the optimizer's moments, as AdamW does with weight
+    decay (Loshchilov and Hutter, ICLR 2019):
+
+        A ← A − η D A / (1 + η ‖D‖)    with D = A Aᵀ − I and η = learning rate · weight
+        B ← B − η B D / (1 + η ‖D‖)    with D = Bᵀ B − I
+
+    D A is a quarter of the gradient of ‖D‖². The denominator keeps large factors from overshooting.
+
+    Args:
+        trained (`list[tuple[Factor, Any]]`): What [`factors_to_orthogonalize`] has returned.
+        weight (`float`): `orth_reg_weight` of the config.
+    """
+    factors = [factor for (factor, _), _ in trained]
+    leaves = [factor.detach().to(norm_dtype(factor.dtype)).requires_grad_() for factor in factors]
+    with torch.enable_grad():
+        terms = []
+        for indices, matrices in differences([(leaf, is_B) for leaf, ((_, is_B), _) in zip(leaves, trained)]):
+            rate = torch.stack([torch.as_tensor(trained[index][1]) for index in indices]).to(matrices)
+            norm = torch.linalg.matrix_norm(matrices.detach())
+            step = rate * weight / (1 + rate * weight * norm)
+            terms.append((step * matrices.square().sum(dim=(1, 2))).sum() / 4)
+        updates = torch.autograd.grad(terms, leaves)
+    new = torch._foreach_sub([local_part(leaf) for leaf in leaves], [local_part(update) for update in updates])
+    torch._foreach_copy_([local_part(factor) for factor in factors], new)
