@@ -147,6 +147,8 @@ SMALL_NETS = {
     "one unit": {"sizes": SIZES, "by_layer": False},
     "a layer that is not sharded": {"sizes": SIZES, "left_out": 1},
     "resumed": {"sizes": SIZES, "resumes": True},
+    "decoupled regularization": {"sizes": SIZES, "orth_reg_decoupled": True, "orth_reg_weight": 3.0},
+    "decoupled, sharded columns": {"sizes": [8, 12, 4], "dim": 1, "orth_reg_decoupled": True, "orth_reg_weight": 3.0},
 }
 
 
@@ -210,7 +212,7 @@ def train_small_net(
         optimizer.step()
         if step == 2 and (mesh is None or mesh.get_coordinate()[-1] == 0):
             local(layers[0].lora_B["default"].grad).fill_(torch.inf)
-        tuner.update_and_allocate(step)
+        tuner.update_and_allocate(step, optimizer)
         optimizer.zero_grad()
         results["loss"].append(loss.detach())
         if step < 6:  # the last allocation drops them

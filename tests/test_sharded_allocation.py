@@ -118,6 +118,7 @@ def make_net(layers: int, **options) -> PeftModel:
 
 def count(tuner: nn.Module, model: nn.Module, steps: int) -> dict[str, list]:
     """The collectives and reads of training steps by their phase."""
+    optimizer = torch.optim.SGD((param for param in tuner.parameters() if param.requires_grad), lr=0.1)
     counted = {"forward": [], "backward": [], "allocation": [], "reads": []}
     for step in range(steps):
         with Collectives() as forward:
@@ -125,7 +126,7 @@ def count(tuner: nn.Module, model: nn.Module, steps: int) -> dict[str, list]:
         with Collectives() as backward:
             loss.backward()
         with Collectives() as allocation:
-            tuner.update_and_allocate(step)
+            tuner.update_and_allocate(step, optimizer)
         tuner.zero_grad()
         for phase, counter in (("forward", forward), ("backward", backward), ("allocation", allocation)):
             counted[phase].append(counter.names)
@@ -148,6 +149,17 @@ def test_under_fsdp2_no_number_of_layers_needs_more_collectives(layers, use_dora
     with Collectives() as reading:
         tuner.rankallocator.read_kept(tuner.model)
     assert reading.names == ["all_reduce"]
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_the_decoupled_regularization_needs_three_collectives(layers, eight_processes):
+    tuner = make_net(layers, orth_reg_decoupled=True).base_model
+    for layer in tuner.model.layers:
+        fully_shard(layer, mesh=eight_processes)
+    counted = count(tuner, fully_shard(tuner, mesh=eight_processes), 3)
+    assert counted["forward"] == counted["backward"] == [[]] * 3
+    assert counted["allocation"] == [["all_reduce", *REGULARIZATION, "all_to_all_single"]] * 3
+    assert counted["reads"] == [0, 0, 0]
 
 
 def test_parameters_that_are_gathered_anyway_need_no_collective_for_the_regularization(eight_processes):
