@@ -47,7 +47,8 @@ def read_source(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = PICTURE.sub(r'<img class="only-dark" src="\1"\3><img class="only-light" src="\2"\3>', source[0])
     if page == root_doc:
         for part in yaml.safe_load((SOURCE / "_toctree.yml").read_text(encoding="utf-8")):
-            lines = [":hidden:", f":caption: {part['title']}", *(f"{entry['title']} <{entry['local']}>" for entry in part["sections"])]
+            entries = [f"{entry['title']} <{entry['local']}>" for entry in part["sections"]]
+            lines = [":hidden:", f":caption: {part['title']}", *entries]
             source[0] += "\n".join(["\n```{toctree}", *lines, "```\n"])
 
 

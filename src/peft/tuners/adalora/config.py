@@ -34,22 +34,22 @@ model.save_pretrained("merged")
 @dataclass
 class AdaLoraConfig(stock.AdaLoraConfig):
     """
-    PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. All arguments but the one below are those of the
-    installed PEFT's `AdaLoraConfig`.
+    PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. It adds one argument to the `AdaLoraConfig` of the
+    installed PEFT.
 
     Args:
         use_dora_adaptive (`bool`):
-            Use AdaDoRA: besides the prunable update, which decides the direction of each row of the adapted weight,
-            learn the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353).
-            Pruning never touches the magnitudes. Such an adapter has to be the only active one, and once merged it
-            cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
+            Use AdaDoRA: learn the length of each row of the adapted weight (its magnitude), as DoRA does
+            (https://huggingface.co/papers/2402.09353). AdaLoRA's prunable update decides the direction of the row.
+            Pruning never changes a magnitude. An AdaDoRA adapter has to be the only active one, and you cannot
+            unmerge it. Defaults to `False`, which is plain AdaLoRA.
 
     Raises:
-        `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.
+        `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`, and in the cases of the installed PEFT.
     """
 
-    # No fields, so not saved. `AdaLoraCallback` sets this while the Trainer may write a checkpoint, which has pruned
-    # triplets too, as zeros.
+    # Not a field, so not saved. `AdaLoraCallback` sets it, so that a checkpoint of the Trainer holds all ranks, with
+    # zeros for pruned ones.
     saves_all_ranks = False
 
     use_dora_adaptive: bool = field(
@@ -61,7 +61,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         },
     )
 
-    # adapters of the first release have it; it is neither read nor saved again
+    # adapters of the first release have it; nothing reads or saves it
     weights_sha256: InitVar[Optional[str]] = None
 
     def __post_init__(self, weights_sha256: Optional[str]):
@@ -74,7 +74,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         super().__post_init__()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's method. PEFT's model card in the folder gets a section on how to use an AdaDoRA adapter."""
+        """PEFT's method. It also adds a section on AdaDoRA to PEFT's model card in the folder."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")
         if self.use_dora_adaptive and card.is_file():
@@ -86,8 +86,8 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         """
         The configuration as a dictionary, as it is saved.
 
-        AdaDoRA's also says `use_dora`, so that programs without AdaDoRA refuse the adapter instead of using it without
-        its magnitudes.
+        AdaDoRA's dictionary also sets `use_dora`. Programs without AdaDoRA then refuse the adapter instead of using it
+        without its magnitudes.
         """
         rank_pattern = None if self.saves_all_ranks else self.rank_pattern
         use_dora = self.use_dora or self.use_dora_adaptive
