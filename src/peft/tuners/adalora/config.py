@@ -41,8 +41,8 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         use_dora_adaptive (`bool`):
             Use AdaDoRA: learn the length of each row of the adapted weight (its magnitude), as DoRA does
             (https://huggingface.co/papers/2402.09353). AdaLoRA's prunable update decides the direction of the row.
-            Pruning never changes a magnitude. An AdaDoRA adapter has to be the only active one, and you cannot
-            unmerge it. Defaults to `False`, which is plain AdaLoRA.
+            Pruning never changes a magnitude. An AdaDoRA adapter has to be the only active one, and you cannot unmerge
+            it. Defaults to `False`, which is plain AdaLoRA.
 
     Raises:
         `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`, and in the cases of the installed PEFT.

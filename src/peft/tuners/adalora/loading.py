@@ -130,8 +130,8 @@ def weights_to_load(
     weights: Weights, model: nn.Module, tuner: Optional[nn.Module], config: AdaLoraConfig, adapter_name: str
 ) -> Weights:
     """
-    The weights to load, by their names in the model. Makes the ranks of the model and of the weights the same.
-    `tuner` is the [`AdaLoraModel`], if any. Raises as [`check_loaded_weights`] and [`fit_ranks`] before any change.
+    The weights to load, by their names in the model. Makes the ranks of the model and of the weights the same. `tuner`
+    is the [`AdaLoraModel`], if any. Raises as [`check_loaded_weights`] and [`fit_ranks`] before any change.
     """
     # compare by the names of a saved adapter, without wrappers
     weights = {name_in_file(key, adapter_name): value for key, value in weights.items()}
