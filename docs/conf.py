@@ -4,6 +4,7 @@ The navigation comes from `_toctree.yml`. `[[autodoc]]` works as in PEFT's docum
 between `$$`, which GitHub and PEFT's builder also read. They become MathML, so a browser needs no script for them.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def read_docstring(app: Sphinx, kind: str, name: str, documented: object, option
     lines[:] = text.split("\n")
 
 
+def short_signature(app: Sphinx, kind: str, name: str, documented: object, *_: object) -> tuple[str, str] | None:
+    """A config's fields have a table, so its signature leaves them out."""
+    return ("(…)", "") if kind == "class" and dataclasses.is_dataclass(documented) else None
+
+
 def indented_block(match: re.Match) -> str:
     return "::\n\n" + "".join(f"    {line}\n" for line in match[1].splitlines())
 
@@ -74,3 +80,4 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", read_source)
     app.connect("autodoc-process-docstring", read_docstring, priority=1)
+    app.connect("autodoc-process-signature", short_signature)
