@@ -70,7 +70,7 @@ class OverlayFinder:
             outcome = "its AdaLoRA is the tested one, so AdaDoRA is on and its first adapter is checked by value."
             if reason is not None:
                 outcome = (
-                    f"{reason}, so AdaDoRA is off and PEFT runs as it is: it will refuse use_dora_adaptive as an "
+                    f"{reason}, so AdaDoRA is off and PEFT runs unchanged: it will refuse use_dora_adaptive as an "
                     "unknown argument. Install a tested peft, or uninstall peft-adadora."
                 )
             installed = f"peft-adadora is tested with peft {TESTED_PEFT} but peft {version} is installed"

@@ -21,7 +21,7 @@ REPAIRED, LEFT = (
     for part in (ROOT / "docs/source/developer_guides/adadora_plain_adalora.md")
     .read_text()
     .partition("## Repaired with the flag off and on")[2]
-    .split("## Left as it is with the flag off")
+    .split("## Unchanged with the flag off")
 )
 ENGINES = ("FSDP2", "FSDP1")  # what takes several processes, or the Trainer, is tested with those
 

@@ -84,7 +84,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """
-        The configuration as a dictionary, as it is saved.
+        Return the dictionary that `save_pretrained` writes.
 
         AdaDoRA's dictionary also sets `use_dora`. Programs without AdaDoRA then refuse the adapter instead of using it
         without its magnitudes.

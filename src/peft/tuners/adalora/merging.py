@@ -136,7 +136,7 @@ def check_not_tied(model: nn.Module, layers: list[nn.Module]) -> None:
             if module is not base_layer:
                 raise NotImplementedError(
                     f"The base weight of {names[id(layer)]!r} also belongs to {names[id(module)] or 'the model'!r}, "
-                    "which merging would change as well; give the layer a weight of its own before the adapter is "
+                    "which merging would change as well; give the layer its own weight before the adapter is "
                     "added, or, with `layer_replication`, use the adapter unmerged."
                 )
 
