@@ -1,5 +1,7 @@
-"""Tables, written as Markdown and as JSON together with the machine and the versions that they were measured on."""
+"""Tables, written as Markdown, CSV, and JSON with the machine and the versions that they were measured on."""
 
+import csv
+import io
 import json
 import platform
 import shlex
@@ -37,6 +39,15 @@ class Table:
         lines = [columns, ["---"] * len(columns), *([cell(row[column]) for column in columns] for row in self.rows)]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return "\n\n".join(part for part in (f"## {self.title}", self.note, table) if part) + "\n"
+
+    def csv(self) -> str:
+        """The rows as comma-separated values, with the median of each `Spread`."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.rows[0])
+        for row in self.rows:
+            writer.writerow([cell(v.median if isinstance(v, Spread) else v).replace("\\|", "|") for v in row.values()])
+        return text.getvalue()
 
 
 def number(value: float) -> str:

@@ -7,7 +7,8 @@
     python benchmarks/run.py --device cuda --preset gpu --minutes 6
                                                     what is open about GPUs, in 6 minutes (see gpu.py)
 
-The tables are printed as Markdown, and written with the machine and the versions to `benchmarks.json` and as plots.
+It prints the tables as Markdown. The output folder gets each table as CSV, plots, and `benchmarks.json` with the
+machine and the versions.
 """
 
 import argparse
@@ -99,6 +100,7 @@ def run_sections(settings: Settings, names: list[str], folder: Path) -> None:
         start = time.perf_counter()
         for table in section.tables(settings):
             print(table.markdown(), flush=True)
+            (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
             tables.append(table)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         write_json(folder / "benchmarks.json", machine, tables)

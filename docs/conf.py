@@ -1,10 +1,10 @@
-"""Builds the pages, which are written for PEFT's documentation, into a site: `make docs`.
+"""Build the pages, which are written for PEFT's documentation, into a site: `make docs`.
 
-The tree of contents is that of `_toctree.yml`, and `[[autodoc]]` is understood as PEFT's documentation builder does.
-Formulas are between `$$`, the one notation that GitHub and PEFT's builder know, too. They become MathML, which a
-browser shows without a script from elsewhere.
+The navigation comes from `_toctree.yml`. `[[autodoc]]` works as in PEFT's documentation builder. Formulas stand
+between `$$`, which GitHub and PEFT's builder also read. They become MathML, so a browser needs no script for them.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -35,7 +35,7 @@ myst_enable_extensions = ["dollarmath", "html_image"]
 
 
 def reference(match: re.Match) -> str:
-    """`[[autodoc]]` as a directive: a function, or a class with the members that are listed."""
+    """Turn `[[autodoc]]` into a directive for a function, or for a class with the listed members."""
     name, members = match[1], ", ".join(re.findall(r"- (\S+)", match[2]))
     is_class = name.rpartition(".")[2][0].isupper()
     directive = f".. auto{'class' if is_class else 'function'}:: peft.{name}"
@@ -44,21 +44,25 @@ def reference(match: re.Match) -> str:
 
 def read_source(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = AUTODOC.sub(reference, source[0])
-    # between pages, PEFT's links do without a suffix
-    source[0] = re.sub(r"\]\((?!https?://)([\w./]*\w)(#[\w-]+)?\)", r"](\1.md\2)", source[0])
-    # the theme can be chosen, whatever that of the browser is
+    # the reader may choose a theme that differs from the browser's
     source[0] = PICTURE.sub(r'<img class="only-dark" src="\1"\3><img class="only-light" src="\2"\3>', source[0])
     if page == root_doc:
         for part in yaml.safe_load((SOURCE / "_toctree.yml").read_text(encoding="utf-8")):
-            lines = [":hidden:", *(f"{entry['title']} <{entry['local']}>" for entry in part["sections"])]
+            entries = [f"{entry['title']} <{entry['local']}>" for entry in part["sections"]]
+            lines = [":hidden:", f":caption: {part['title']}", *entries]
             source[0] += "\n".join(["\n```{toctree}", *lines, "```\n"])
 
 
 def read_docstring(app: Sphinx, kind: str, name: str, documented: object, options: object, lines: list[str]) -> None:
-    """PEFT's docstrings are Markdown: names in brackets are links, and examples and formulas are fenced."""
+    """Read PEFT's Markdown docstrings: names in brackets are links, and examples and formulas are fenced."""
     text = re.sub(r"\[(`[^`]+`)\]", r"\1", "\n".join(lines))
     text = re.sub(r"^```(?:python)?\n(.*?)^```$", indented_block, text, flags=re.MULTILINE | re.DOTALL)
     lines[:] = text.split("\n")
+
+
+def short_signature(app: Sphinx, kind: str, name: str, documented: object, *_: object) -> tuple[str, str] | None:
+    """A config's fields have a table, so its signature leaves them out."""
+    return ("(…)", "") if kind == "class" and dataclasses.is_dataclass(documented) else None
 
 
 def indented_block(match: re.Match) -> str:
@@ -76,3 +80,4 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", read_source)
     app.connect("autodoc-process-docstring", read_docstring, priority=1)
+    app.connect("autodoc-process-signature", short_signature)

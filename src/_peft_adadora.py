@@ -1,13 +1,13 @@
-"""Lay AdaDoRA's modules over the installed PEFT, like a transparent sheet.
+"""Put AdaDoRA's modules in front of the installed PEFT's.
 
-`peft_adadora.pth` imports this module when Python starts, so at first it imports only what Python has loaded already.
-Its finder gives each name in `OVERLAID` our module. A package also gets our folder in front of the installed one on
-its `__path__`: our modules win over installed ones of the same name, and all others come from the installed package.
+`peft_adadora.pth` imports this module when Python starts, so it imports only modules that Python has already loaded.
+Its finder returns our module for each name in `OVERLAID`. A package also gets our folder before the installed one on
+its `__path__`. Our modules win over installed ones of the same name. All others come from the installed package.
 
-On a PEFT of an untested version this happens only if the files under our modules are those of a tested version.
+On a PEFT of an untested version, this happens only if its files under our modules equal those of a tested version.
 
-`stock_<module>`, in the same package, is the installed version of a module that we override, for our classes to
-subclass. The package itself is `stock___init__`. The relative imports of a stock module get our modules.
+`stock_<module>`, in the same package, is the installed version of a module that we override. Our classes subclass it.
+The package itself is `stock___init__`. The relative imports of a stock module find our modules.
 """
 
 import os
@@ -46,7 +46,7 @@ def overlay_path(name: str) -> str:
 
 
 class OverlayFinder:
-    """Find the modules in `OVERLAID` and their `stock_` versions. Other finders find everything else."""
+    """Find the modules in `OVERLAID` and their `stock_` versions. Leave all others to other finders."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -70,7 +70,7 @@ class OverlayFinder:
             outcome = "its AdaLoRA is the tested one, so AdaDoRA is on and its first adapter is checked by value."
             if reason is not None:
                 outcome = (
-                    f"{reason}, so AdaDoRA is off and PEFT runs as it is: it will refuse use_dora_adaptive as an "
+                    f"{reason}, so AdaDoRA is off and PEFT runs unchanged: it will refuse use_dora_adaptive as an "
                     "unknown argument. Install a tested peft, or uninstall peft-adadora."
                 )
             installed = f"peft-adadora is tested with peft {TESTED_PEFT} but peft {version} is installed"

@@ -1,6 +1,6 @@
 """The command `peft-adadora`, and its diagnosis of an environment."""
 
-# not in the package `peft_adadora`, which refuses to be imported where AdaDoRA cannot be active
+# outside the package `peft_adadora`, whose import fails where AdaDoRA cannot be active
 
 import argparse
 import json
@@ -17,7 +17,7 @@ import _peft_adadora as overlay
 PACKAGES = ("peft-adadora", "peft", "torch", "transformers", "accelerate", "safetensors", "matplotlib")
 MISSING = "not installed"
 
-# runs in a new interpreter, where only start-up files have imported anything
+# runs in a new interpreter, where only start-up files have imported modules
 PROBE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
@@ -56,7 +56,7 @@ class Diagnosis:
 
 
 def doctor() -> Diagnosis:
-    """Find out in a new interpreter whether AdaDoRA is active, and if not, why not and what to do."""
+    """Find out in a new interpreter whether AdaDoRA is active. If not, say why and how to fix it."""
     flags = ["-S"] * sys.flags.no_site + ["-s"] * sys.flags.no_user_site
     done = subprocess.run([sys.executable, *flags, "-c", PROBE], capture_output=True, text=True, check=False)
     crash = {"facts": {}, "error": (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]}
@@ -80,7 +80,7 @@ def _version(package: str) -> str:
 
 def _explain(found: dict[str, Any]) -> tuple[str, str]:
     install = f'pip install "peft{overlay.TESTED_PEFT}"'
-    reinstall = "pip install --force-reinstall --no-deps peft-adadora"
+    reinstall = "Install peft-adadora again, with `pip install --force-reinstall --no-deps .` in its clone"
     first = "or import `peft_adadora` before `peft`."
     here = os.path.dirname(os.path.abspath(overlay.__file__))
     if "version" not in found and _version("peft") == MISSING:
@@ -95,7 +95,7 @@ def _explain(found: dict[str, Any]) -> tuple[str, str]:
     if found.get("active"):
         return found["error"].partition(": ")[2], install  # the check of its values fails
     if "error" in found:
-        return f"PEFT's AdaLoRA cannot be imported ({found['error']}).", reinstall
+        return f"PEFT's AdaLoRA cannot be imported ({found['error']}).", f"{reinstall}."
     if found["start_up"]:
         return f"Another import hook comes first: {found['hooks']}.", "Remove the hook in front of OverlayFinder."
     if sys.flags.no_site:
@@ -107,14 +107,14 @@ def _explain(found: dict[str, Any]) -> tuple[str, str]:
 
 def main(arguments: Optional[list[str]] = None) -> int:
     """Run the command. Returns its exit code: 1 after an error, or if AdaDoRA is not active."""
-    parser = argparse.ArgumentParser("peft-adadora", description="See what AdaDoRA learned, and whether it is active.")
+    parser = argparse.ArgumentParser("peft-adadora", description="See what AdaDoRA learned, or whether it is active.")
     parser.add_argument("--version", action="version", version=f"peft-adadora {_version('peft-adadora')}")
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="ranks, magnitudes and budget of an adapter or a training run")
     report.add_argument("path", help="a saved adapter, a checkpoint, or the output folder of a Trainer")
-    report.add_argument("--output", metavar="FOLDER", help="also write a page and pictures here")
-    report.add_argument("--base-model", metavar="PATH_OR_NAME", help="base weights, if not those the adapter names")
-    commands.add_parser("doctor", help="versions, and whether AdaDoRA is active; if not, why not and what to do")
+    report.add_argument("--output", metavar="FOLDER", help="also write a page and pictures to this folder")
+    report.add_argument("--base-model", metavar="PATH_OR_NAME", help="base weights (default: those the adapter names)")
+    commands.add_parser("doctor", help="versions, and whether AdaDoRA is active; if not, why and how to fix it")
     options = parser.parse_args(arguments)
     try:
         if options.command == "doctor":
@@ -133,7 +133,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
             print(f"\nWritten: {write(result, options.output)}", flush=True)
         return 0
     except (ImportError, OSError, ValueError) as error:
-        if isinstance(error, BrokenPipeError):  # Python flushes the pipe again when it exits
+        if isinstance(error, BrokenPipeError):  # so that the flush at exit does not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"peft-adadora: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""What `_peft_adadora` does on a PEFT of an untested version: compare its files, and check AdaDoRA's values once."""
+"""On a PEFT of an untested version, compare its files, and check AdaDoRA's values once."""
 
 import hashlib
 import math
@@ -13,8 +13,8 @@ from typing import Any, Optional
 from _peft_adadora import TESTED_PEFT
 
 
-# SHA-256 of each file of PEFT that the overlay lies over, but for LoRA-FA's, to which it only adds a refusal. They are
-# the same in peft 0.21.0, 0.21.1 and 0.21.2.
+# SHA-256 of each file of PEFT that we override, except LoRA-FA's, to which we only add a refusal. They are the same in
+# peft 0.21.0, 0.21.1 and 0.21.2.
 TESTED_FILES = {
     "helpers.py": "b8d66e60246cc547122dd798fdf7c814ba1c48c2837e68c751164a54d87ac9dc",
     "tuners/adalora/__init__.py": "c493f7dbda463eaea6cd1abd093af6b19ee7e3e66bd0ac62995262e5c5e1fa82",
@@ -37,10 +37,10 @@ def file_difference(folder: str) -> Optional[str]:
     try:
         for name, digest in TESTED_FILES.items():
             with open(os.path.join(folder, *name.split("/")), "rb") as file:
-                content = file.read().replace(b"\r\n", b"\n")  # git may check files out with the former on Windows
+                content = file.read().replace(b"\r\n", b"\n")  # git may check files out with \r\n on Windows
             if hashlib.sha256(content).hexdigest() != digest:
                 return f"its {name} differs from the tested one"
-        # our folder comes first, so a module of ours would hide a new module of PEFT that has the same name
+        # our folder comes first, so it could hide a new module of PEFT of the same name
         for entry in sorted(os.listdir(os.path.join(folder, "tuners", "adalora"))):
             if not entry.startswith((".", "__pycache__")) and f"tuners/adalora/{entry}" not in TESTED_FILES:
                 return f"its tuners/adalora/{entry} is new"
@@ -64,11 +64,11 @@ def check_before_first_adapter(*modules: ModuleType) -> None:
 
 
 def check_values() -> None:
-    """Raise a `RuntimeError` if a small AdaDoRA adapter does not follow the formula. Computes once in this process."""
+    """Raise a `RuntimeError` if a small AdaDoRA adapter does not follow the formula. Runs once per process."""
     global _passed
-    if _passed or threading.current_thread().name.startswith(THREAD):  # which makes adapters itself
+    if _passed or threading.current_thread().name.startswith(THREAD):  # the check itself makes adapters
         return
-    # in a thread of its own the caller's device, autocast, inference mode and tracers have no effect
+    # a new thread ignores the caller's device, autocast, inference mode and tracers
     with _lock, ThreadPoolExecutor(1, THREAD) as executor:
         if _passed:
             return
@@ -118,7 +118,7 @@ def follows_formula() -> bool:
         output = x @ merged.T + bias
 
         model, other = adapted_model(), adapted_model()
-        # contexts of accelerate and DeepSpeed change how all modules of the process are made
+        # contexts of accelerate and DeepSpeed change how modules are made in the whole process
         if any(param.is_meta or hasattr(param, "ds_id") for param in (*model.parameters(), *other.parameters())):
             return False
         layer = model.base_model.model[0]

@@ -16,7 +16,7 @@ from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora import SVDLinear
 
 
-GUIDE = Path(__file__).parents[1] / "docs/source/developer_guides/adadora_training.md"
+GUIDES = Path(__file__).parents[1] / "docs/source/developer_guides"
 
 
 def make_config(**kwargs) -> AdaLoraConfig:
@@ -145,8 +145,9 @@ def allocations(step: Callable[[], None]) -> list[int]:
 
 
 def run_block(folder: Path, first_line: str, changes: dict[str, str] | None = None, **names: Any) -> dict[str, Any]:
-    """Run the block of the training guide that begins with a line, given some names. Returns the names it defines."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    """Run the block of the guides that begins with a line, given some names. Returns the names it defines."""
+    text = "".join(page.read_text() for page in GUIDES.glob("*.md"))
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     (block,) = (block for block in blocks if block.startswith(first_line + "\n"))
     for old, new in (changes or {}).items():
         assert block.count(old) == 1

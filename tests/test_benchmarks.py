@@ -264,6 +264,13 @@ def test_a_table_becomes_markdown(tables):
     assert lines[6] == "| 1 | 2.000 (1.500–3.000) | 2.000 (1.500–3.000) | 0.500 |  |"
 
 
+def test_a_table_becomes_csv_with_the_medians(bench, tables):
+    header, first = tables[0].csv().splitlines()[:2]
+    assert header == "size,AdaLoRA (ms),AdaDoRA,kept (MiB),to reach"
+    assert first == "1,2.000,2.000,0.500,"
+    assert bench.report.Table("", "", [{"norm": "|W|", "runs": "1, 2"}]).csv() == 'norm,runs\n|W|,"1, 2"\n'
+
+
 def test_the_json_holds_the_machine_the_versions_and_every_round(bench, settings, tables, tmp_path):
     bench.report.write_json(tmp_path / "benchmarks.json", bench.report.environment(settings), tables)
     written = json.loads((tmp_path / "benchmarks.json").read_text())

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -21,7 +22,20 @@ import peft
 pytestmark = [pytest.mark.overlay, pytest.mark.project]
 ROOT = Path(__file__).parents[1]
 # What a page names and a test does not have: models from the Hub, and time
-STAND_INS = {"Qwen/Qwen3-0.6B": "model", "max_steps=1500": "max_steps=15, use_cpu=True, bf16=False, report_to=[]"}
+STAND_INS = {
+    "Qwen/Qwen3-0.6B": "model",
+    "max_steps=1500": "max_steps=15, use_cpu=True, bf16=False, report_to=[]",
+    "total_step=1500": "total_step=15",
+    "tinit=150": "tinit=2",
+    "tfinal=750": "tfinal=5",
+    "deltaT=10": "deltaT=1",
+    "target_r=8": "target_r=2",
+    "init_r=12": "init_r=3",
+}
+# A page that links to one of these headings continues so many code blocks of the first page
+FIRST_PAGE = ROOT / "docs/source/developer_guides/adadora.md"
+RUNS = [["run"], ["adapter"]]
+CONTINUED = {"](adadora.md#the-setup)": 1, "](adadora.md#train)": 2}
 PAGES = [
     path
     for pattern in ("*.md", "docs/source/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
@@ -31,6 +45,13 @@ PAGES = [
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def code_of(page: Path) -> str:
+    """The Python blocks of a page, after those that it continues."""
+    text = page.read_text()
+    before = max((count for link, count in CONTINUED.items() if link in text), default=0)
+    return "\n".join([*blocks(FIRST_PAGE, "python")[:before], *blocks(page, "python")])
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -46,7 +67,7 @@ def with_blocks(language: str) -> list:
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_the_python_blocks_of_a_page_run_in_their_order_and_print_the_numbers_beside_them(page, tmp_path):
     script = tmp_path / "page.py"
-    code = "\n".join(blocks(page, "python"))
+    code = code_of(page)
     for words, local in STAND_INS.items():
         code = code.replace(words, local)
     script.write_text(code)
@@ -59,7 +80,7 @@ def test_the_python_blocks_of_a_page_run_in_their_order_and_print_the_numbers_be
     assert [line for line in printed.read_text().splitlines() if line in said] == said
     program = Path(sys.executable).with_name("peft-adadora")
     for words in commands(page):
-        if words in (["peft-adadora", "doctor"], ["peft-adadora", "report", "run"]):
+        if words == ["peft-adadora", "doctor"] or (words[:2] == ["peft-adadora", "report"] and words[2:] in RUNS):
             subprocess.run([program, *words[1:]], cwd=tmp_path, check=True, capture_output=True)
 
 
@@ -117,8 +138,19 @@ def test_every_code_block_is_one_that_is_tested_or_plain_text(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"(?:\]\(|(?:src|srcset)=\")(?!https?://)([^)#\"]+)", page.read_text()):
-        linked = page.parent / target
-        assert linked.exists() or linked.with_suffix(".md").exists(), target
+        assert (page.parent / target).exists(), target
+
+
+def test_each_table_of_the_docs_is_linked_from_a_page():
+    tables = {path.name for path in (ROOT / "docs/source/tables").iterdir()}
+    linked = {name for page in PAGES for name in re.findall(r"\]\(\.\./tables/([\w-]+\.csv)\)", page.read_text())}
+    assert tables == linked
+
+
+def test_the_reference_page_names_each_field_of_the_config():
+    page = (ROOT / "docs/source/package_reference/adadora.md").read_text()
+    for field in dataclasses.fields(peft.AdaLoraConfig):
+        assert f"`{field.name}`" in page, field.name
 
 
 def test_the_reference_page_names_what_exists():

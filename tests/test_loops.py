@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +44,8 @@ def assert_same(model: PeftModel, expected: PeftModel) -> None:
         assert torch.equal(param, other), name
 
 
-ACCELERATOR = "accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)\n"
+ACCELERATOR = "accelerator = Accelerator(gradient_accumulation_steps=2)\n"
+ON_CPU = "accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)\naccelerator.scaler = scaler\n"
 
 
 def run_accelerate_loop(
@@ -56,14 +56,15 @@ def run_accelerate_loop(
         "from accelerate import Accelerator",
         {
             "resume_from = None": f"resume_from = {resume_from!r}",
-            ACCELERATOR: f"{ACCELERATOR}accelerator.scaler = scaler\n",
+            ACCELERATOR: ON_CPU,
         },
         scaler=scaler,
         torch=torch,
         get_peft_model=get_peft_model,
         base_model=make_llama(),
         config=make_adalora_config(lora_dropout=0.0),
-        trainer=SimpleNamespace(train_dataset=RandomTokens()),
+        dataset=RandomTokens(),
+        collator=None,
     )
 
 

@@ -325,7 +325,7 @@ class TestDoctor:
         done = environment.run("-c", DOCTOR, python_path=[stand_in], check=False)
         assert done.returncode == 1
         assert "peft_adadora.pth is missing" in done.stdout
-        assert "Fix: pip install --force-reinstall --no-deps peft-adadora" in done.stdout
+        assert "pip install --force-reinstall --no-deps ." in done.stdout
 
     def test_says_that_something_else_is_imported_as_peft(self, wheel, tmp_path):
         (tmp_path / "peft.py").touch()
@@ -460,7 +460,7 @@ class TestUnsupportedPeft:
         done = wheel.run("-S", "-c", "import peft_adadora", python_path=[wheel.site_packages], check=False)
         error = done.stderr.splitlines()[-1]
         assert error.startswith("ImportError: ")
-        assert ">=0.21.0,<0.22" in error and "no peft is installed" in error
+        assert ">=0.21.0,<0.22" in error and "PEFT is not installed" in error
 
     @pytest.mark.parametrize(
         "version, tested",

@@ -18,10 +18,10 @@ pytestmark = pytest.mark.overlay
 ROOT = Path(__file__).parents[1]
 REPAIRED, LEFT = (
     {words: cells for words, *cells in re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", part, flags=re.MULTILINE)}
-    for part in (ROOT / "docs/source/developer_guides/adadora.md")
+    for part in (ROOT / "docs/source/developer_guides/adadora_plain_adalora.md")
     .read_text()
-    .partition("## What is repaired for plain AdaLoRA")[2]
-    .split("### What plain AdaLoRA does wrong, too")
+    .partition("## Repaired with the flag off and on")[2]
+    .split("## Unchanged with the flag off")
 )
 ENGINES = ("FSDP2", "FSDP1")  # what takes several processes, or the Trainer, is tested with those
 

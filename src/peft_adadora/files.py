@@ -78,7 +78,7 @@ def read_row_norms(source: str, shapes: dict[str, tuple], config: dict, download
 
 
 def _weight_keys(names: list[str], keys: dict[str, Path]) -> dict[str, str]:
-    # a model that was saved without its head, or with one more, has another prefix; take what finds the most modules
+    # a model saved with another head has another prefix; take the prefix that finds the most modules
     first = f"{names[0]}.weight"
     prefixes = [(first[: match.end()], "") for match in re.finditer(r"^|\.", names[0])]
     prefixes += [("", key.removesuffix(first)) for key in keys if key.endswith(f".{first}")]
@@ -90,7 +90,7 @@ def _row_norm(file: Path, key: str, shape: tuple[int, int], is_transposed: Optio
     with reading(file), safe_open(file, "pt") as opened:
         stored = opened.get_slice(key)
         dtype, weight = stored.get_dtype(), stored[:]
-    # `Conv1D` of transformers stores (in, out), which the shape tells unless it is square
+    # `Conv1D` of transformers stores (in, out); the shape shows this unless it is square
     is_transposed = weight.shape == shape[::-1] and (is_transposed or weight.shape != shape)
     matrix = weight.T if is_transposed else weight.reshape(len(weight), -1)
     if dtype not in ("F16", "BF16", "F32", "F64") or matrix.shape != shape:

@@ -14,17 +14,18 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ModuleNotFoundError as error:
-    raise ImportError('there are no pictures without matplotlib: pip install "peft-adadora[plot]"') from error
+    raise ImportError("pictures need matplotlib: pip install matplotlib") from error
 
 
-NARROW, WIDE = 6, 10  # inches; a phone can show the labels of a narrow figure
-MAX_LABELED_LAYERS = 40  # cells of more layers have no room for numbers
+NARROW, WIDE = 6, 10  # inches; labels of a narrow figure are readable on a phone
+MAX_LABELED_LAYERS = 40  # with more layers, cells are too small for numbers
 
 
 def figures(report: Report, dark: bool = False) -> dict[str, Figure]:
     """
-    Draw a report, for a dark page if `dark` is true: `"ranks"` (a heat map, layer by module), `"magnitudes"` (their
-    changes, or themselves if no change is known; not for plain AdaLoRA), and `"budget"` (ranks and schedule by step).
+    Draw a report, for a dark page if `dark` is true. Returns figures by name: `"ranks"` (a heat map of layers and
+    modules), `"magnitudes"` (their changes, or their values if no base weights are known; AdaDoRA only), and
+    `"budget"` (ranks and schedule over the steps).
     """
     with matplotlib.style.context("dark_background" if dark else "default"):
         magnitudes = {"magnitudes": _magnitudes(report)} if report.has_magnitudes else {}
@@ -67,7 +68,7 @@ def _magnitudes(report: Report) -> Figure:
     for module in report.modules:
         x = module.change if is_known else module.magnitude / module.magnitude.quantile(0.5).clamp_min(1e-30) - 1
         if x is not None and len(x):
-            kind = re.sub(r"\.\d+\b", ".*", _place(module.name)[1])  # the experts of a layer share a box
+            kind = re.sub(r"\.\d+\b", ".*", _place(module.name)[1])  # one box for all experts of a layer
             boxes[kind] = numpy.concatenate([boxes.get(kind, x[:0]), x])
     rows = numpy.concatenate(list(boxes.values()))
     figure = Figure((NARROW, 4.5 + 0.32 * len(boxes)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Report what a training run did to the ranks and magnitudes of an AdaDoRA or AdaLoRA adapter."""
+"""Report the ranks and magnitudes that a training run gave to an AdaDoRA or AdaLoRA adapter."""
 
 import math
 from collections.abc import Iterator
@@ -80,12 +80,12 @@ class Report:
 
 def read_report(path: str | Path, base_model: Optional[str | Path] = None) -> Report:
     """
-    Read what a training run did to ranks and magnitudes.
+    Read the ranks and magnitudes of an adapter, and the log of its run.
 
     `path` is the folder of an adapter, a checkpoint, or the output folder of a Trainer with checkpoints. A magnitude
     starts as a row norm of the base weight, so its change needs this weight. `base_model` is a folder or file of base
-    weights as safetensors, or a name on the Hub to download. By default this reads the base model of the config, if
-    it is on this machine.
+    weights as safetensors, or a name on the Hub to download. The default is the base model of the config, if it is on
+    this machine.
 
     Raises `ValueError` if there is no adapter of AdaLoRA, a file is broken, or `base_model` is not the base model.
     """
@@ -126,7 +126,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> tuple[list[Module], dic
     missing = [key for name in names for part in parts if (key := f"{name}.{part}") not in weights]
     if missing:
         raise ValueError(f"{path} is incomplete: {missing[0]} is missing.")
-    # before the first pruning, a layer of zeros is one without a gradient
+    # before the first pruning, a layer of zeros is a layer without a gradient
     values_of_E, init_r = [weights[f"{name}.lora_E"] for name in names], config["init_r"]
     is_pruned = any(len(E) < init_r or 0 < E.count_nonzero() < len(E) for E in values_of_E)
     modules, shapes = [], {}
@@ -144,7 +144,7 @@ def _read_weights(path: Path, config: dict[str, Any]) -> tuple[list[Module], dic
 
 
 def _read_log(folder: Path, path: Path) -> tuple[list[dict[str, float]], Optional[Path]]:
-    """Return the log and its file, which lies beside the adapter, around its folder, or in the last checkpoint."""
+    """Return the log and its file: beside the adapter, in the parent folder, or in the last checkpoint."""
     files = [place / "trainer_state.json" for place in (folder, folder.parent, path, *checkpoints(path))]
     file = next(filter(Path.is_file, files), None)
     history = read_json(file).get("log_history") if file else []

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""AdaLoRA and AdaDoRA in the `Trainer` of transformers: allocation, and logs."""
+"""A callback that allocates and logs ranks of AdaLoRA and AdaDoRA in the `Trainer` of transformers."""
 
 import copy
 import warnings
@@ -40,22 +40,22 @@ class AdaLoraCallback(ResumableCallback):
     """
     Trains an AdaLoRA or AdaDoRA adapter in the `Trainer` of transformers, and in trainers built on it, such as TRL's.
 
-    After each optimizer step it calls [`AdaLoraModel.update_and_allocate`]. If the run takes another number of steps
-    than `total_step`, the callback scales `tinit` and `tfinal` with it and warns. It logs the budget
-    (`adalora_budget`, ranks in total), the mean rank of a layer (`adalora_mean_rank`), the share of the initial ranks
-    that is pruned (`adalora_pruned`) and, for AdaDoRA, the mean relative change of a magnitude
-    (`adalora_magnitude_drift`). `resume_from_checkpoint` goes on bit for bit as if the run had never stopped; see
-    [`ResumableCallback`]. When a Trainer is made, checkpoints that a kill left half written are renamed
-    `unfinished-checkpoint-<step>`, and magnitudes over quantized weights that TRL has cast become float32.
+    - Allocation: calls [`AdaLoraModel.update_and_allocate`] after each optimizer step. If the run takes another number
+      of steps than `total_step`, it scales `tinit` and `tfinal` and warns.
+    - Logs: `adalora_budget` (total rank that the schedule allows), `adalora_mean_rank` (of a layer), `adalora_pruned`
+      (share of the initial ranks) and, for AdaDoRA, `adalora_magnitude_drift` (mean relative change).
+    - Resume: `resume_from_checkpoint` continues bit for bit, see [`ResumableCallback`]. When you make a Trainer, the
+      callback renames checkpoints that a kill left half written to `unfinished-checkpoint-<step>`.
+    - Precision: casts magnitudes that TRL cast over quantized weights back to float32.
 
-    Adapters from `model.add_adapter` of transformers and `inject_adapter_in_model` train without the regularization.
+    Adapters from `model.add_adapter` of transformers or `inject_adapter_in_model` train without the regularization.
 
     Raises:
         `NotImplementedError`:
             When the Trainer is made, if it uses FSDP1; FSDP2 works.
         `ValueError`:
-            When training starts, if there is no AdaLoRA adapter to train, if it was loaded pruned, or as
-            [`ResumableCallback.restore`].
+            When training starts, if there is no AdaLoRA adapter to train, if the adapter was loaded pruned, or if
+            [`ResumableCallback.restore`] raises it.
     """
 
     def on_init_end(self, args: TrainingArguments, *_: Any, model: torch.nn.Module, **__: Any) -> None:
@@ -72,12 +72,12 @@ class AdaLoraCallback(ResumableCallback):
         check_unpruned(tuner, "its schedule cannot start again; resume from a checkpoint, or merge it and train anew")
         if trained_ranknum(tuner):
             warnings.warn(
-                "Over bfloat16 and float16 weights PEFT trains `ranknum`, which divides the update, and does not save "
-                "it, so saved adapters will predict otherwise; call `requires_grad_(False)` on it before training."
+                "Over bfloat16 and float16 weights PEFT trains `ranknum`, which divides the update, but does not save "
+                "it, so saved adapters predict differently; call `requires_grad_(False)` on it before training."
             )
         if args.deepspeed is not None:
             if args.fp16:
-                raise ValueError("AdaLoraCallback cannot tell DeepSpeed's loss scale; train in bfloat16 or float32.")
+                raise ValueError("AdaLoraCallback does not know DeepSpeed's loss scale; train in bfloat16 or float32.")
             tuner.rankallocator.capture_gradients(tuner.model)
         config = _config_of_run(tuner.rankallocator.peft_config, state.max_steps)
         tuner.peft_config[tuner.trainable_adapter_name] = tuner.rankallocator.peft_config = config
@@ -90,12 +90,12 @@ class AdaLoraCallback(ResumableCallback):
         is_last_allocation = state.global_step == config.total_step - config.tfinal
         if getattr(optimizer, "step_was_skipped", False) and not is_last_allocation:
             if args.deepspeed is not None:
-                tuner.rankallocator.capture_gradients(tuner.model)  # without those of this step
+                tuner.rankallocator.capture_gradients(tuner.model)  # drops the gradients of this step
             return
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # in that of accelerate
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
         optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
         AdaLoraModel.update_and_allocate(tuner, state.global_step, optimizer)
-        is_first = state.global_step == 0 and callable(getattr(optimizer, "eval", None))  # as schedule-free ones have
+        is_first = state.global_step == 0 and callable(getattr(optimizer, "eval", None))  # as of schedule-free ones
         if is_first and not tuner.rankallocator.mask_other_weights(tuner.model, optimizer):
             warnings.warn(
                 f"{type(optimizer).__name__} evaluates with other weights than it trains, and AdaLoraCallback cannot "
@@ -103,7 +103,7 @@ class AdaLoraCallback(ResumableCallback):
             )
 
     def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        if args.load_best_model_at_end:  # plain AdaLoRA is pruned by this pattern when it is saved
+        if args.load_best_model_at_end:  # saving plain AdaLoRA prunes by this pattern
             allocator = self.tuner.rankallocator
             allocator.read_kept(self.tuner.model)
             allocator.peft_config.rank_pattern = allocator.kept
@@ -116,7 +116,7 @@ class AdaLoraCallback(ResumableCallback):
 
 
 def _tuner_of(model: torch.nn.Module) -> AdaLoraModel | SimpleNamespace:
-    """The [`AdaLoraModel`] of the adapter in training, or the part of one that allocation needs if it was injected."""
+    """The [`AdaLoraModel`] of the adapter in training. For an injected adapter, the parts that allocation needs."""
     for module in model.modules():
         if isinstance(module, AdaLoraModel) and hasattr(module, "rankallocator"):
             return module
@@ -130,11 +130,11 @@ def _tuner_of(model: torch.nn.Module) -> AdaLoraModel | SimpleNamespace:
 
 
 def _config_of_run(config: AdaLoraConfig, total_step: int) -> AdaLoraConfig:
-    """A copy of a config, with the schedule scaled to a run of `total_step` optimizer steps."""
+    """Copy a config and scale its schedule to `total_step` optimizer steps."""
     copied = copy.copy(config)
     copied.total_step, copied.saves_all_ranks = total_step, InCheckpoint()
     if config.total_step != total_step:
-        # rounded up, so that a short run has a last allocation, too
+        # rounds up, so that a short run has a last allocation too
         copied.tfinal = min(-(-config.tfinal * total_step // config.total_step), total_step - 1)
         copied.tinit = min(config.tinit * total_step // config.total_step, total_step - copied.tfinal - 1)
         warnings.warn(
@@ -146,7 +146,7 @@ def _config_of_run(config: AdaLoraConfig, total_step: int) -> AdaLoraConfig:
 
 
 def magnitude_drift(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:
-    """|m − ‖W‖| / ‖W‖ of each row (out), without rows whose base weight is zero."""
+    """|m − ‖W‖| / ‖W‖ of each row (out) whose base weight is not zero."""
     norm = base_row_norm(layer)
     return ((gather_full(layer.lora_magnitude[adapter_name]).to(norm.dtype) - norm).abs() / norm)[norm > 0]
 
@@ -155,7 +155,7 @@ def magnitude_drift(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:
 def _metrics(tuner: AdaLoraModel | SimpleNamespace, step: int) -> dict[str, float]:
     allocator, config = tuner.rankallocator, tuner.rankallocator.peft_config
     layers = adapted_layers(tuner.model, allocator.adapter_name).values()
-    # of the last allocation: E does not show it to a run that resumes from between two of them
+    # the step of the last allocation: after a resume between two allocations, E does not show it
     decided = step - step % config.deltaT if step < config.total_step - config.tfinal else step
     budget = allocator.budget_schedule(decided)[0]
     masks = allocator.kept if budget < allocator.init_bgt else None

@@ -34,28 +34,28 @@ model.save_pretrained("merged")
 @dataclass
 class AdaLoraConfig(stock.AdaLoraConfig):
     """
-    PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. All arguments but the one below are those of the
-    installed PEFT's `AdaLoraConfig`.
+    PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. It adds one argument to the `AdaLoraConfig` of the
+    installed PEFT.
 
     Args:
         use_dora_adaptive (`bool`):
-            Use AdaDoRA: besides the prunable update, which decides the direction of each row of the adapted weight,
-            learn the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353).
-            Pruning never touches the magnitudes. Such an adapter has to be the only active one, and once merged it
-            cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
+            Use AdaDoRA: learn the length of each row of the adapted weight (its magnitude), as DoRA does
+            (https://huggingface.co/papers/2402.09353). AdaLoRA's prunable update decides the direction of the row.
+            Pruning never changes a magnitude. An AdaDoRA adapter has to be the only active one, and you cannot unmerge
+            it. Defaults to `False`, which is plain AdaLoRA.
         orth_reg_decoupled (`bool`):
-            Decouple AdaLoRA's orthogonality regularization from the loss, as AdamW decouples weight decay: after each
-            optimizer step `update_and_allocate(step, optimizer)` moves A and B towards orthogonality, by their
-            learning rate times `orth_reg_weight` (10 is a good weight; the formula is in `regularization.py`). The
-            loss is then the model's own. Defaults to `False`, which adds the term to the loss.
+            Decouple AdaLoRA's orthogonality regularization from the loss, as AdamW decouples weight decay. After each
+            optimizer step `update_and_allocate(step, optimizer)` then moves A and B towards orthogonality, by their
+            learning rate times `orth_reg_weight`; 10 is a good weight. The loss is the model's own. Works for plain
+            AdaLoRA, too. Defaults to `False`, which adds a term to the loss.
 
     Raises:
-        `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`, or if a decoupled regularization has a
-            negative weight; the rest as in the installed PEFT.
+        `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`, if a decoupled regularization has a negative
+            weight, and in the cases of the installed PEFT.
     """
 
-    # No fields, so not saved. `AdaLoraCallback` sets this while the Trainer may write a checkpoint, which has pruned
-    # triplets too, as zeros.
+    # Not a field, so not saved. `AdaLoraCallback` sets it, so that a checkpoint of the Trainer holds all ranks, with
+    # zeros for pruned ones.
     saves_all_ranks = False
 
     use_dora_adaptive: bool = field(
@@ -75,7 +75,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         },
     )
 
-    # adapters of the first release have it; it is neither read nor saved again
+    # adapters of the first release have it; nothing reads or saves it
     weights_sha256: InitVar[Optional[str]] = None
 
     def __post_init__(self, weights_sha256: Optional[str]):
@@ -90,7 +90,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         super().__post_init__()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's method. PEFT's model card in the folder gets a section on how to use an AdaDoRA adapter."""
+        """PEFT's method. It also adds a section on AdaDoRA to PEFT's model card in the folder."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")
         if self.use_dora_adaptive and card.is_file():
@@ -100,10 +100,10 @@ class AdaLoraConfig(stock.AdaLoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """
-        The configuration as a dictionary, as it is saved.
+        Return the dictionary that `save_pretrained` writes.
 
-        AdaDoRA's also says `use_dora`, so that programs without AdaDoRA refuse the adapter instead of using it without
-        its magnitudes.
+        AdaDoRA's dictionary also sets `use_dora`. Programs without AdaDoRA then refuse the adapter instead of using it
+        without its magnitudes.
         """
         rank_pattern = None if self.saves_all_ranks else self.rank_pattern
         use_dora = self.use_dora or self.use_dora_adaptive

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The weights of an adapter as they are saved and loaded: ranks come from E and from shapes, and from nothing else."""
+"""Weights of an adapter for saving and loading: E and the shapes alone tell the ranks."""
 
 import warnings
 from typing import Optional
@@ -39,8 +39,8 @@ Weights = dict[str, torch.Tensor]
 
 def set_rank(layer: nn.Module, adapter_name: str, rank: int) -> None:
     """
-    Give the factors of an adapter the shapes of another rank, and zeros as values, before weights are loaded. The
-    parameters stay the same objects, because an optimizer may hold them.
+    Give the factors of an adapter another rank, and zeros as values, before weights are loaded. The parameters stay
+    the same objects, because an optimizer may hold them.
     """
     for part, dim in DIM_OF_RANK.items():
         param = getattr(layer, part)[adapter_name]
@@ -50,7 +50,7 @@ def set_rank(layer: nn.Module, adapter_name: str, rank: int) -> None:
 
 
 def keep_triplets(layer: nn.Module, adapter_name: str, kept: list[bool] | torch.Tensor) -> None:
-    """Drop the triplets of an adapter that a mask (r,) does not keep. Scaling, magnitude and dtypes stay."""
+    """Drop the triplets of an adapter that are `False` in the mask (r,). Scaling, magnitude and dtypes stay."""
     indices = torch.as_tensor(kept).view(-1).nonzero().view(-1)
     for part, dim in DIM_OF_RANK.items():
         param = getattr(layer, part)[adapter_name]
@@ -59,7 +59,7 @@ def keep_triplets(layer: nn.Module, adapter_name: str, kept: list[bool] | torch.
 
 
 def copy_adapter(layer: nn.Module, source: str, adapter_name: str) -> None:
-    """Give a frozen adapter the weights and the rank of another one of its layer."""
+    """Make `adapter_name` a frozen copy of the adapter `source` of the same layer."""
     for part in (*WEIGHTS, "ranknum"):
         values = getattr(layer, part)[source].detach().clone()
         getattr(layer, part)[adapter_name] = nn.Parameter(values, requires_grad=False)
@@ -68,8 +68,8 @@ def copy_adapter(layer: nn.Module, source: str, adapter_name: str) -> None:
 
 def weights_to_save(state_dict: Weights, model: nn.Module, config: AdaLoraConfig, adapter_name: str) -> Weights:
     """
-    The weights to save by their names without wrappers, without pruned triplets. The model gives those that
-    `state_dict` lacks, because another adapter is called like a module.
+    The weights to save, without pruned triplets, by their names without wrappers. `state_dict` lacks weights if
+    another adapter is called like a module; the model then provides them.
     """
     given = {unwrapped_name(key): value for key, value in state_dict.items()}
     saved = {}
@@ -93,7 +93,7 @@ def weights_to_save(state_dict: Weights, model: nn.Module, config: AdaLoraConfig
 
 
 def warn_of_rounded_magnitudes(weights: Weights, adapter_name: str) -> None:
-    """Warn if magnitudes to save are in a low precision, to which writes through `.data` and DeepSpeed cast them."""
+    """Warn if magnitudes to save are in a low precision, as after a write through `.data` or with DeepSpeed."""
     for dtype in {value.dtype for key, value in weights.items() if key.endswith(f".lora_magnitude.{adapter_name}")}:
         if dtype.itemsize < 4:
             warnings.warn(
@@ -104,9 +104,9 @@ def warn_of_rounded_magnitudes(weights: Weights, adapter_name: str) -> None:
 
 def triplets_to_save(values_of_E: Weights, config: AdaLoraConfig, adapter_name: str) -> dict[str, list[bool]]:
     """
-    The kept triplets of each layer, or of none if all are saved. E (r, 1) of the layer tells them for AdaDoRA, and the
-    rank pattern of the last allocation for plain AdaLoRA. `config` gets them as its rank pattern, which loses the
-    adapter's name as in PEFT.
+    The kept triplets of each layer, or an empty dictionary if all are saved. For AdaDoRA they come from E (r, 1), for
+    plain AdaLoRA from the rank pattern of the last allocation. `config` gets them as its rank pattern, without the
+    name of the adapter, as in PEFT.
     """
     if config.saves_all_ranks:
         return {}
@@ -116,7 +116,7 @@ def triplets_to_save(values_of_E: Weights, config: AdaLoraConfig, adapter_name: 
     elif config.use_dora_adaptive:
         kept = kept_triplets(values_of_E)
         if not pattern and not any(any(mask) and not all(mask) for mask in kept.values()):
-            kept = {}  # pruning has not begun: a layer of zeros has got no gradient yet, as an expert without tokens
+            kept = {}  # pruning has not begun: a layer of zeros got no gradient yet, such as an expert without tokens
     else:
         inner_names = {name: name if name in pattern else name.removeprefix(PREFIX) for name in values_of_E}
         kept = {name: pattern[inner] for name, inner in inner_names.items() if inner in pattern}
@@ -130,10 +130,10 @@ def weights_to_load(
     weights: Weights, model: nn.Module, tuner: Optional[nn.Module], config: AdaLoraConfig, adapter_name: str
 ) -> Weights:
     """
-    The weights to load by their names in the model, which gets their ranks, or they get its. Raises as
-    [`check_loaded_weights`] and [`fit_ranks`]; nothing has changed then. `tuner` is the [`AdaLoraModel`], if any.
+    The weights to load, by their names in the model. Makes the ranks of the model and of the weights the same. `tuner`
+    is the [`AdaLoraModel`], if any. Raises as [`check_loaded_weights`] and [`fit_ranks`] before any change.
     """
-    # until they are checked, both go by the names that a saved adapter has, without wrappers
+    # compare by the names of a saved adapter, without wrappers
     weights = {name_in_file(key, adapter_name): value for key, value in weights.items()}
     layers = {PREFIX + name.removeprefix(PREFIX): layer for name, layer in adapted_layers(model, adapter_name).items()}
     check_loaded_weights(weights, layers, config, adapter_name)
@@ -144,7 +144,7 @@ def weights_to_load(
         elif config.rank_pattern is not None and tuner is not None:
             tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
         if getattr(tuner, "trainable_adapter_name", None) == adapter_name:
-            tuner.rankallocator.reset_ipt()  # the averages belong to triplets in another order
+            tuner.rankallocator.reset_ipt()  # the order of the triplets has changed
     names = {name_in_file(key, adapter_name): key for key in model.state_dict()}
     return {names.get(key, key): value for key, value in weights.items()}
 
@@ -157,8 +157,8 @@ def check_loaded_weights(
 
     Raises:
         `ValueError`:
-            If a weight is missing, unknown, of the wrong shape, or not finite. PEFT checks the weights of plain
-            AdaLoRA; here, they must have no magnitude.
+            If a weight is missing, unknown, of the wrong shape, or not finite. For plain AdaLoRA, which PEFT checks,
+            if there is a magnitude.
     """
     if not config.use_dora_adaptive:
         for key in (key for key in weights if key.endswith(".lora_magnitude")):
@@ -192,10 +192,10 @@ def check_loaded_weights(
 
 def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> Weights:
     """
-    Make the ranks of an AdaDoRA adapter and of checked weights for it the same. Returns the weights to load.
+    Make the ranks of an AdaDoRA adapter and of its checked weights the same. Returns the weights to load.
 
     An adapter in training keeps its ranks: the loaded triplets come first, and the singular values of the rest become
-    0. Any other, also a new one whose singular values are all 0, gets the ranks of the weights.
+    0. Any other adapter gets the ranks of the weights, also a new one whose singular values are all 0.
 
     Raises:
         `ValueError`: If an adapter in training has too few ranks; nothing has changed then.
@@ -220,7 +220,7 @@ def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str)
 
 
 def _is_in_training(layers: dict[str, nn.Module], adapter_name: str) -> bool:
-    """Whether the parameters of an adapter have to keep their shapes, because an optimizer has trained them."""
+    """Whether an optimizer has trained the parameters of an adapter, so that they have to keep their shapes."""
     return any(
         is_sharded(lora_E)
         or has_master_copy(lora_E)

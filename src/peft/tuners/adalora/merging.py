@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Merging an AdaDoRA adapter into its base weight, and finding what cannot be merged before anything changes."""
+"""Merge an AdaDoRA adapter into its base weight, after checks that it can be merged."""
 
 from collections import defaultdict
 from collections.abc import Hashable
@@ -34,7 +34,7 @@ def adapter_to_merge(layer: nn.Module, adapter_names: Optional[list[str]]) -> Op
 
     Raises:
         `NotImplementedError`:
-            If it cannot be merged: with another adapter, or into a weight that the layer would not compute with.
+            If another adapter is merged too, or if the layer would not compute with the merged weight.
     """
     if isinstance(adapter_names, str):
         return None
@@ -45,7 +45,7 @@ def adapter_to_merge(layer: nn.Module, adapter_names: Optional[list[str]]) -> Op
     if has_computed_weight(layer.get_base_layer()):
         raise NotImplementedError(
             "The base weight is computed for each forward pass, as by weight_norm, spectral_norm, pruning or FSDP1, "
-            "so a merged weight would not last; remove what computes it."
+            "so a merged weight would be overwritten; remove what computes it."
         )
     if getattr(layer.quantization_backend, "get_apply_tensor_subclass", layer) is None:
         raise NotImplementedError(
@@ -57,8 +57,8 @@ def adapter_to_merge(layer: nn.Module, adapter_names: Optional[list[str]]) -> Op
 
 def merge_adapter(layer: nn.Module, adapter_name: str, safe_merge: bool) -> None:
     """
-    Merge an AdaDoRA adapter into its base weight. This happens in place, unless the weight is quantized, sharded, or a
-    part of a larger tensor. Raises as [`safe_merged`].
+    Merge an AdaDoRA adapter into its base weight, in place unless the weight is quantized, sharded, or a part of a
+    larger tensor. Raises as [`safe_merged`].
     """
     parts = (layer.lora_A, layer.lora_E, layer.lora_B, layer.lora_magnitude)
     with gather_params_ctx([layer.get_base_layer().weight, *(part[adapter_name] for part in parts)]):
@@ -73,7 +73,7 @@ def merge_adapter(layer: nn.Module, adapter_name: str, safe_merge: bool) -> None
 
 
 def safe_merged(layer: nn.Module, adapter_name: str) -> torch.Tensor:
-    """The merged weight, dequantized and not yet stored. Raises a `ValueError` if it is not finite."""
+    """The merged weight, dequantized, before it is stored. Raises a `ValueError` if it is not finite."""
     merged = layer.lora_variant[adapter_name].merge_safe(layer, adapter_name, base_weight(layer))
     if not torch.isfinite(merged).all():
         raise ValueError(
@@ -86,7 +86,7 @@ def safe_merged(layer: nn.Module, adapter_name: str) -> torch.Tensor:
 def check_merge(
     model: nn.Module, layers: list[nn.Module], adapter_names: Optional[list[str]], safe_merge: bool
 ) -> None:
-    """Raise as `merge` of one of the layers would, and a `NotImplementedError` if it would change others as well."""
+    """Raise as `merge` of one of the layers would, or a `NotImplementedError` if it would change other modules."""
     to_merge = {layer: name for layer in layers if (name := adapter_to_merge(layer, adapter_names)) is not None}
     check_not_tied(model, list(to_merge))
     for layer, adapter_name in to_merge.items() if safe_merge else ():
@@ -96,7 +96,7 @@ def check_merge(
 
 @torch.no_grad()
 def overwrite_base_weight(layer: nn.Module, values: torch.Tensor) -> None:
-    """Give a layer another weight, in place where it can be, and quantized or sharded again where it was."""
+    """Give a layer another weight: in place if possible, quantized or sharded like the old one."""
     weight = layer.get_base_layer().weight
     if layer.quantization_backend is not None:
         layer.set_base_weight(values)
@@ -109,15 +109,15 @@ def overwrite_base_weight(layer: nn.Module, values: torch.Tensor) -> None:
 
 
 def fills_storage(weight: torch.Tensor) -> bool:
-    """Whether a weight is all of its storage, each element once. A part of a larger tensor, or a view that repeats
-    elements, is not, and is left as it is for whoever holds the rest."""
+    """Whether a weight fills its storage, each element once, so that it can be overwritten. A part of a larger tensor
+    and a view that repeats elements do not."""
     dims = sorted(range(weight.dim()), key=weight.stride, reverse=True)
     is_dense = weight.permute(dims).is_contiguous()
     return is_partitioned(weight) or (is_dense and weight.nbytes == weight.untyped_storage().nbytes())
 
 
 def check_not_tied(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Raise a `NotImplementedError` if another part of the model holds a base weight, or base layer, of the layers."""
+    """Raise a `NotImplementedError` if another module holds a base weight or base layer of the layers."""
     names = {id(module): name for name, module in model.named_modules()}
     holders = defaultdict(list)
     for module in model.modules():
@@ -129,21 +129,21 @@ def check_not_tied(model: nn.Module, layers: list[nn.Module]) -> None:
     for layer in layers:
         base_layer = layer.get_base_layer()
         weight = base_layer.weight
-        # a part of a larger tensor gets a memory of its own
+        # a part of a larger tensor gets its own memory
         changed = [module for module, tensor in holders[_storage(weight)] if tensor is weight or fills_storage(weight)]
         changed += [module for module, _ in holders[id(base_layer)] if not isinstance(module, BaseTunerLayer)]
         for module in changed:
             if module is not base_layer:
                 raise NotImplementedError(
                     f"The base weight of {names[id(layer)]!r} also belongs to {names[id(module)] or 'the model'!r}, "
-                    "which merging would change as well; give the layer a weight of its own before the adapter is "
+                    "which merging would change as well; give the layer its own weight before the adapter is "
                     "added, or, with `layer_replication`, use the adapter unmerged."
                 )
 
 
 def _storage(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors of the same storage."""
+    """A key that is equal for tensors of the same storage."""
     try:
         return tensor.untyped_storage().data_ptr() or id(tensor)
-    except (NotImplementedError, RuntimeError):  # from a tensor that wraps others
+    except (NotImplementedError, RuntimeError):  # of a tensor that wraps others
         return id(tensor)

@@ -12,17 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Which layers have an adapter, and the names of its weights: the one place that takes parameter names apart."""
+"""Find the layers of an adapter, and parse and build the names of its weights. No other module parses names."""
 
 from torch import nn
 
 
-# The factors of an update by the dimension of their triplets, and all weights that an adapter may have.
+# The factors of an update with the dimension of their triplets, and all weights that an adapter may have.
 DIM_OF_RANK = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
 FACTORS = tuple(DIM_OF_RANK)
 WEIGHTS = (*FACTORS, "lora_magnitude")
 
-# The start of module names inside of a PeftModel.
+# The start of module names inside a PeftModel.
 PREFIX = "base_model.model."
 
 # The names of wrapped modules under activation checkpointing, FSDP1 and torch.compile.
@@ -35,16 +35,16 @@ def unwrapped_name(name: str) -> str:
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """The AdaLoRA layers that have an adapter of exactly this name, by their names in the model without wrappers."""
+    """The AdaLoRA layers that have an adapter of exactly this name, by their names without wrappers."""
     return {
-        unwrapped_name(name): module  # the wrapper, which may pass on its attributes, comes first and is replaced
+        unwrapped_name(name): module  # a wrapper may pass on attributes; it comes first, so its module replaces it
         for name, module in model.named_modules()
         if isinstance(getattr(module, "lora_E", None), nn.ParameterDict) and adapter_name in module.lora_E
     }
 
 
 def layer_of_E(key: str, adapter_name: str) -> str:
-    """The name of the layer whose `lora_E` a rank pattern names, with or without the name of the adapter."""
+    """The layer of a key of a rank pattern, which is a `lora_E` with or without the name of the adapter."""
     return key.removesuffix(f".{adapter_name}").removesuffix(".lora_E")
 
 

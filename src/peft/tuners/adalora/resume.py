@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Exact resume: the Trainer's checkpoints hold the adapter with all ranks, and beside it the allocator's averages."""
+"""Exact resume: the Trainer's checkpoints hold the adapter with all ranks, and the averages of the allocator."""
 
 import hashlib
 import os
@@ -32,16 +32,16 @@ from .unfinished_checkpoints import STATE_FILE, lock_folder
 
 
 class InCheckpoint:
-    """True while the Trainer saves a checkpoint to resume from, or to load as the best one."""
+    """True while the Trainer saves a checkpoint from which it may resume or load the best model."""
 
     def __bool__(self) -> bool:
-        # events cannot tell: in any of them another callback may save an adapter, or ask for a checkpoint
+        # events do not tell: in each of them another callback may save an adapter or request a checkpoint
         arguments = (variables["self"].args for variables in _calls_of_trainer("_save_checkpoint"))
         return any(not args.save_only_model or args.load_best_model_at_end for args in arguments)
 
 
 def _calls_of_trainer(method: str) -> Iterator[dict[str, Any]]:
-    """The local variables of a Trainer's method, for each call that has not returned, the innermost first."""
+    """The local variables of each running call of a Trainer's method, innermost first."""
     frame = sys._getframe()
     while (frame := frame.f_back) is not None:
         if frame.f_code.co_name == method and isinstance(frame.f_locals.get("self"), Trainer):
@@ -51,7 +51,7 @@ def _calls_of_trainer(method: str) -> Iterator[dict[str, Any]]:
 class ResumableCallback(TrainerCallback):
     """
     Writes the averages of `tuner.rankallocator` into each checkpoint, as `adalora_state.safetensors`, and restores
-    them. With [`InCheckpoint`] in the config the adapter in it has all ranks, pruned ones as zeros in E.
+    them. [`InCheckpoint`] in the config keeps all ranks in the checkpoint, with zeros in E for pruned ones.
     """
 
     tuner: Any = None
@@ -59,7 +59,7 @@ class ResumableCallback(TrainerCallback):
     _lock: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
-        # before the Trainer writes its part, so that it deletes no older checkpoint while this one lacks ours
+        # before the Trainer writes: it deletes older checkpoints, and this one has to be complete by then
         if control.should_save:
             self._save(args, state)
 
@@ -67,7 +67,7 @@ class ResumableCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if self._saved_step != state.global_step:
-            self._save(args, state)  # an evaluation, or a callback behind this one, has asked for the checkpoint
+            self._save(args, state)  # an evaluation or a later callback requested the checkpoint
         if self._lock is not None:
             os.close(self._lock)
         self._saved_step = self._lock = None
@@ -87,8 +87,8 @@ class ResumableCallback(TrainerCallback):
             os.replace(f"{path}.tmp", path)
 
     def restore(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Restore the averages. Raises a `ValueError` if they are broken, from another model or another version."""
-        # no event passes the folder on
+        """Restore the averages. Raises a `ValueError` if the file is broken, or from another model or version."""
+        # no event passes the folder
         folders = [variables.get("resume_from_checkpoint") for variables in _calls_of_trainer("train")]
         folders += [args.resume_from_checkpoint, os.path.join(args.output_dir, f"checkpoint-{state.global_step}")]
         path = os.path.join(next(folder for folder in folders if isinstance(folder, (str, os.PathLike))), STATE_FILE)
@@ -102,7 +102,7 @@ class ResumableCallback(TrainerCallback):
         except SafetensorError as error:
             raise ValueError(f"{path} is broken ({error}); resume from another checkpoint.") from error
         if any(key.startswith("param.") for key in tensors):
-            raise ValueError(f"{path} is from an earlier version of AdaLoraCallback; finish the run with that.")
+            raise ValueError(f"{path} is from an earlier version of AdaLoraCallback; finish the run with it.")
         if not torch.equal(tensors.pop("sha256", torch.empty(0)), _checksum(tensors)):
             raise ValueError(f"{path} is broken (wrong checksum); resume from another checkpoint.")
         for key, param in trained_ranknum(self.tuner).items():
@@ -112,7 +112,7 @@ class ResumableCallback(TrainerCallback):
 
 
 def trained_ranknum(tuner: Any) -> dict[str, torch.nn.Parameter]:
-    """The initial ranks, which PEFT trains for plain AdaLoRA over bfloat16 and float16 weights and does not save."""
+    """Initial ranks that PEFT trains without saving them: of plain AdaLoRA over bfloat16 and float16 weights."""
     adapter_name = tuner.trainable_adapter_name
     params = {name: layer.ranknum[adapter_name] for name, layer in adapted_layers(tuner.model, adapter_name).items()}
     return {f"ranknum.{name}.{adapter_name}": param for name, param in params.items() if param.requires_grad}

@@ -14,8 +14,8 @@
 
 """Products and norms of a frozen weight in float32, without a float32 copy of the whole weight.
 
-On a CPU, and for quantized weights, both come from one block of rows at a time, which is converted once. CUDA
-multiplies bfloat16 and float16 into float32 by itself.
+On a CPU, and for quantized weights, one block of rows at a time is converted, and both come from it. CUDA multiplies
+bfloat16 and float16 into float32 itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 
-# The largest number of elements of a weight to convert at a time: on a CPU, and where kernel launches count.
+# The most elements of a weight to convert at a time: on a CPU, and on devices where kernel launches cost time.
 BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS = 2**20, 2**24
 
-# A CPU multiplies faster by a multiple of this many columns: by 16 columns in two thirds of the time of 12.
+# A CPU multiplies fastest by a multiple of this many columns: 16 columns take two thirds of the time of 12.
 PRODUCT_COLUMNS = 16
 
 # Whether `torch.mm` takes `out_dtype` on CUDA, also when compiled.
@@ -42,7 +42,7 @@ LEADING_BITS = {torch.bfloat16: -(2**16), torch.float16: -(2**13)}
 
 @dataclass
 class Rows:
-    """A quantized weight of `shape` (out, in), on `device`. `rows[start:stop]` are `dequantize(start, stop)`."""
+    """A quantized weight of `shape` (out, in) on `device`. `rows[start:stop]` returns `dequantize(start, stop)`."""
 
     shape: torch.Size
     dtype: torch.dtype  # of the dequantized values
@@ -56,8 +56,8 @@ class Rows:
 
 def row_blocks(weight: torch.Tensor | Rows) -> Iterator[slice]:
     """
-    Slices that cut the rows of `weight` (out, in) into at least eight blocks of at most `BLOCK_ELEMENTS` elements, or
-    `DEVICE_BLOCK_ELEMENTS` if it is not on a CPU.
+    Slices that cut the rows of `weight` (out, in) into at least eight blocks. A block has at most `BLOCK_ELEMENTS`
+    elements on a CPU and `DEVICE_BLOCK_ELEMENTS` elsewhere.
     """
     out_features, in_features = weight.shape
     elements = BLOCK_ELEMENTS if weight.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
@@ -79,7 +79,7 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 
 def blockwise(weight: torch.Tensor | Rows) -> Iterator[torch.Tensor]:
-    """The rows of a weight in the dtype of its norm: one block after the other, or all at once if nothing converts."""
+    """The rows of a weight in the dtype of its norm: block by block, or all at once if it has that dtype."""
     dtype = norm_dtype(weight.dtype)
     if isinstance(weight, torch.Tensor) and weight.dtype == dtype:
         yield weight
@@ -89,22 +89,22 @@ def blockwise(weight: torch.Tensor | Rows) -> Iterator[torch.Tensor]:
 
 
 def multiplies_into_float32(weight: torch.Tensor | Rows) -> bool:
-    """Whether the device multiplies matrices of the weight's dtype into a float32 result, without converting them."""
+    """Whether the device can multiply matrices of the weight's dtype into a float32 result directly."""
     is_low = weight.dtype in (torch.bfloat16, torch.float16)
     return is_low and HAS_FLOAT32_RESULT and weight.device.type in ("cuda", "meta")
 
 
 def row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
     """‖W‖ of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
-    if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # converts in its kernel
+    if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # its kernel converts
         return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=norm_dtype(weight.dtype))
     return _cat([torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in blockwise(weight)])
 
 
 def powers_of_two(matrix: torch.Tensor) -> torch.Tensor:
     """
-    A power of two (r, 1) for each row of a float32 matrix (r, in): the largest one up to the row's largest magnitude.
-    A row of zeros has 2⁻¹²⁶. A row with an entry that is not finite has infinity.
+    The largest power of two (r, 1) up to the largest absolute entry of each row of a float32 matrix (r, in). It is
+    2⁻¹²⁶ for a row of zeros, and infinity for a row with an entry that is not finite.
     """
     largest = torch.linalg.vector_norm(matrix, torch.inf, dim=1, keepdim=True)
     return (largest.view(torch.int32) & EXPONENT_BITS).view(matrix.dtype).clamp_min(torch.finfo(matrix.dtype).tiny)
@@ -112,10 +112,10 @@ def powers_of_two(matrix: torch.Tensor) -> torch.Tensor:
 
 def split_rows(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
-    A float32 matrix (r, in) as a high and a low part, (2r, in), in bfloat16 or float16. Their sum is the matrix.
+    Split a float32 matrix (r, in) into a high and a low part (2r, in) in bfloat16 or float16, whose sum is the matrix.
 
-    The high part keeps the leading bits, so its conversion is exact. Rounding to `dtype` and back would not do under
-    `torch.compile`: Inductor skips such a round trip in a fused kernel, and the low part would be zero.
+    The high part keeps the leading bits, so its conversion is exact. Rounding to `dtype` and back fails under
+    `torch.compile`: Inductor skips this round trip in a fused kernel, so the low part would be zero.
     """
     high = (matrix.view(torch.int32) & LEADING_BITS[dtype]).view(matrix.dtype)
     return torch.cat([high, matrix - high]).to(dtype)
@@ -145,5 +145,5 @@ def matmul_rows(weight: torch.Tensor | Rows, right: torch.Tensor) -> tuple[torch
 
 
 def _cat(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The blocks as one tensor, without a copy if there is one alone."""
+    """The blocks as one tensor, without a copy if there is only one."""
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

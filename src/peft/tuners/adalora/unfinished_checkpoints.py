@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Checkpoints of the Trainer that a kill left half written: renamed, so that `resume_from_checkpoint=True` works."""
+"""Rename checkpoints that a kill left half written, so that `resume_from_checkpoint=True` works."""
 
 import os
 import warnings
@@ -32,7 +32,7 @@ STATE_FILE = "adalora_state.safetensors"
 
 
 def lock_folder(folder: str) -> int | None:
-    """A file descriptor that locks a folder while it is open, or `None` if it is locked or cannot be."""
+    """A file descriptor that locks a folder while it is open, or `None` if the folder cannot be locked."""
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -45,10 +45,10 @@ def lock_folder(folder: str) -> int | None:
 
 
 def set_aside_unfinished_checkpoints(output_dir: str) -> None:
-    """Rename the newest checkpoints of a folder as long as they are ours, unfinished, and not being written."""
+    """Rename the newest checkpoints of a folder that are unfinished and that no process is writing."""
     while os.path.isdir(output_dir) and (folder := get_last_checkpoint(output_dir)) is not None:
         names = os.listdir(folder)
-        # safetensors 0.8 writes to a file `.tmp…` first
+        # only checkpoints that we began; safetensors 0.8 writes to a file `.tmp…` first
         if names and not any(name.startswith((STATE_FILE, ".tmp")) for name in names):
             return
         with suppress(OSError, ValueError, TypeError):
@@ -61,4 +61,4 @@ def set_aside_unfinished_checkpoints(output_dir: str) -> None:
             target += "-again"
         os.rename(folder, target)
         os.close(lock)
-        warnings.warn(f"{folder} is unfinished, its writer must have been killed; it is now called {target}.")
+        warnings.warn(f"{folder} is unfinished, because a kill interrupted its save; it is renamed to {target}.")
