@@ -2,13 +2,14 @@
 
 import importlib
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import make_tokenizer, run_block
+from helpers import make_tokenizer
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_llama
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -158,48 +159,39 @@ def test_it_learns_prunes_and_resumes_bit_by_bit(make, tmp_path):
             assert torch.equal(adapter_of(resumed)[key], value), (step, key)
 
 
-class Gradients(TrainerCallback):
-    """Copies the factors and their gradients before the first optimizer step."""
+class LearningRate(TrainerCallback):
+    """The learning rate of the only optimizer step."""
 
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        if state.global_step == 0:
-            factors = [
-                (name, param) for name, param in model.named_parameters() if "lora_A" in name or "lora_B" in name
-            ]
-            self.factors = {name: param.detach().double() for name, param in factors}
-            self.gradients = {name: param.grad.double() for name, param in factors}
+    def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.value = optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
-def test_the_trainer_of_the_guide_adds_the_gradient_of_the_term(method, tmp_path, monkeypatch):
-    trl = pytest.importorskip("trl")
+def test_the_decoupled_regularization_reaches_trainers_with_a_loss_of_their_own(method, tmp_path):
+    pytest.importorskip("trl")
     options = {"num_generations": 4, "max_completion_length": 8, "reward_funcs": [different_words]}
     with_rloo = {**TRAINERS, "RLOO": of_trl("RLOO", PROMPTS, **options)}
     results = []
-    for folder in (tmp_path / "without", tmp_path / "with"):
-        folder.mkdir()
-        if folder.name == "with":
-            name = f"{method}Trainer"
-            changes = {f"{old}SFTTrainer": f"{old}{name}" for old in ("from trl import ", "RegularizedTrainer(")}
-            block = run_block(folder, "from peft.tuners.adalora import AdaLoraLayer", changes)
-            monkeypatch.setattr(trl, name, block["RegularizedTrainer"])
-        results.append(gradients := Gradients())
-        adapter = {"orth_reg_weight": 0.0, "init_lora_weights": False}
-        trainer = with_rloo[method](folder, adapter, max_steps=1, max_grad_norm=0.0, save_strategy="no")
-        trainer.add_callback(gradients)
-        trainer.train()
-    without, with_term = results
-    exact = {name: factor.requires_grad_() for name, factor in without.factors.items()}
-    norms = [
-        ((factor @ factor.T if "lora_A" in name else factor.T @ factor) - torch.eye(4)).square().sum().sqrt()
-        for name, factor in exact.items()
-    ]
-    (0.5 * sum(norms) / len(norms)).backward()
-    assert all(gradient.any() for gradient in without.gradients.values())
-    for name, factor in exact.items():
-        assert factor.grad.norm() > 0.01
-        expected = without.gradients[name] + factor.grad
-        assert torch.allclose(with_term.gradients[name], expected, rtol=0, atol=1e-6 * float(expected.norm())), name
+    for weight in (0.0, 10.0):
+        adapter = {"orth_reg_decoupled": True, "orth_reg_weight": weight, "init_lora_weights": False}
+        trainer = with_rloo[method](tmp_path / str(weight), adapter, max_steps=1, save_strategy="no")
+        trainer.add_callback(rate := LearningRate())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*regularization has not reached")
+            trainer.train()
+        results.append({name: value.double() for name, value in adapter_of(trainer).items()})
+    without, decoupled = results
+    for name, value in without.items():
+        if "lora_A" in name or "lora_B" in name:
+            rows = value if "lora_A" in name else value.T
+            difference = rows @ rows.T - torch.eye(len(rows))
+            step = 10 * rate.value / (1 + 10 * rate.value * difference.norm())
+            rows = rows - step * difference @ rows
+            expected = rows if "lora_A" in name else rows.T
+            assert (expected - value).norm() > 1e-3
+            assert torch.allclose(decoupled[name], expected, rtol=0, atol=1e-6 * float(expected.norm())), name
+        else:
+            assert torch.equal(decoupled[name], value), name
 
 
 PREFERENCES = [{**row, "chosen": words(1), "rejected": words(9)} for row in PROMPTS]
