@@ -39,10 +39,9 @@ class AdaLoraConfig(stock.AdaLoraConfig):
 
     Args:
         use_dora_adaptive (`bool`):
-            Use AdaDoRA: besides the prunable update, which decides the direction of each row of the adapted weight,
-            learn the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353).
-            Pruning never touches the magnitudes. Such an adapter has to be the only active one, and once merged it
-            cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
+            Use AdaDoRA: also learn the length of each row of the adapted weight (its magnitude), as DoRA does
+            (https://huggingface.co/papers/2402.09353). Pruning never touches the magnitudes. Such an adapter has to be
+            the only active one, and once merged it cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
 
     Raises:
         `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.
@@ -55,8 +54,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
     use_dora_adaptive: bool = field(
         default=False,
         metadata={
-            "help": "Use AdaDoRA: learn the length of each row of the adapted weight, as DoRA does, besides AdaLoRA's "
-            "prunable update. Such an adapter has to be the only active one, and cannot be unmerged once merged.",
+            "help": "Use AdaDoRA: besides AdaLoRA's update, learn the length of each row of the weight, as DoRA does.",
             "is_lora_variant": True,
         },
     )

@@ -38,7 +38,8 @@ from .quantized import learn_how_to_quantize
 from .regularization import add_orthogonality_loss
 from .sharding import is_sharded
 from .supported_layers import avoid_fast_path, check_targets
-from .validation import check_allocation, check_name, check_options, check_sole_adapter
+from .validation import check_allocation, check_name, check_options
+from .variants import check_sole_adapter
 
 
 class AdaLoraModel(stock.AdaLoraModel):
