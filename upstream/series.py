@@ -1,6 +1,7 @@
 """The patches that are proposed to PEFT, and the source tree with them.
 
-    python upstream/series.py --update    write the last two patches anew, after changes in `src/`
+    python upstream/series.py --update               write the last two patches anew, after changes in `src/`
+    python upstream/series.py --from REPOSITORY      write the patches of AdaDoRA from the last commits of a fork
 
 - `series/fixes/<name>` mends one bug of AdaLoRA in PEFT as it is, alone.
 - `series/dora-norm` makes LoRA's DoRA compute its norm without an (out, in) matrix.
@@ -14,7 +15,8 @@ PEFT's repository has and its source distribution lacks. Our modules (`MODULES`)
 in `src/`, but for the lines of `earlier.patch`, which a later patch of the series brings up to it.
 
 The update merges what has changed in our subclasses since a patch was written into PEFT's files, as `git merge` does.
-A change that cannot be merged stays in `build/update` with conflict markers; resolve it there, and update again.
+A change that cannot be merged stays in `build/update` with conflict markers; resolve it there, and update again. For
+any other change to a patch, edit the commits of the fork as git does, and write the patches from them.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import re
 import shutil
 import subprocess
 import sys
+from difflib import unified_diff
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -270,7 +273,43 @@ def write_patch(patch: Path, before: Path, after: Path, ours: Path, names: list[
         command = ["git", "diff", "--no-index", "--full-index", "--unified=3", before / name, after / name]
         diff = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         diffs.append(diff.replace(f"a{before}/", "a/").replace(f"b{before}/", "b/").replace(f"b{after}/", "b/"))
-    patch.write_text(head + "\n" + "".join(diffs))
+    patch.write_text(head + "".join(diffs))
+
+
+def patches_from(repository: Path) -> dict[Path, str]:
+    """
+    The patches from the method on, by their paths, from the last commits of a fork that is made of the modules in
+    `src/`.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True).stdout
+
+    found = {}
+    for number, folder in enumerate(reversed(patches()[-5:])):
+        commit, brought = f"HEAD~{number}", list(map(str, modules(folder)))
+        names = git("diff", "--name-only", f"{commit}~", commit).split()
+        others = [name for name in names if name.startswith(("docs/", "tests/regression/"))]
+        groups = {
+            "peft.patch": [name for name in names if name.startswith("src/") and name not in brought],
+            "tests.patch": [name for name in names if name.startswith("tests/") and name not in others],
+            "repository.patch": others,
+        }
+        for patch, of_this in groups.items():
+            if of_this:
+                made_of_ours = of_this if folder in (PACKAGE, CALLBACK) else []
+                head = "".join(f"made of {blob((ROOT / name).read_bytes())} {name}\n" for name in made_of_ours)
+                diff = git("diff", "--full-index", "--unified=3", f"{commit}~", commit, "--", *of_this)
+                found[folder / patch] = head + diff
+        versions = [(name, in_peft((ROOT / name).read_text()), git("show", f"{commit}:{name}")) for name in brought]
+        earlier = "".join(
+            "".join(unified_diff(*(text.splitlines(keepends=True) for text in texts), f"a/{name}", f"b/{name}"))
+            for name, *texts in versions
+        )
+        if earlier:
+            found[folder / "earlier.patch"] = earlier
+    return found
 
 
 def merge_all(ours: Path, before: Path, tree: Path) -> None:
@@ -325,9 +364,15 @@ def update(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", required=True, help="write both patches anew")
-    parser.parse_args()
-    update(ROOT / "build" / "update")
+    actions = parser.add_mutually_exclusive_group(required=True)
+    actions.add_argument("--update", action="store_true", help="write the last two patches anew")
+    actions.add_argument("--from", dest="repository", type=Path, help="write the patches from the commits of a fork")
+    options = parser.parse_args()
+    if options.update:
+        update(ROOT / "build" / "update")
+    else:
+        for path, text in patches_from(options.repository).items():
+            path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,10 @@
 """PEFT's AdaLoRA configuration with AdaDoRA's flag."""
 
 from dataclasses import InitVar, dataclass, field
-from pathlib import Path
 from typing import Any, Optional
 
 from . import stock_config as stock
-
-
-CARD_SECTION = """## AdaDoRA
-
-This adapter needs PEFT with AdaDoRA (the package `peft-adadora`). To use it elsewhere, merge it first:
-
-```python
-model = PeftModel.from_pretrained(base_model, "path/or/name/of/this/adapter").merge_and_unload()
-model.save_pretrained("merged")
-```"""
+from .model_card import add_card_section
 
 
 @dataclass
@@ -74,11 +64,8 @@ class AdaLoraConfig(stock.AdaLoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's method. PEFT's model card in the folder gets a section on how to use an AdaDoRA adapter."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory, "README.md")
-        if self.use_dora_adaptive and card.is_file():
-            text = card.read_text(encoding="utf-8")
-            if "library_name: peft" in text and CARD_SECTION not in text:
-                card.write_text(f"{text.rstrip()}\n\n{CARD_SECTION}\n", encoding="utf-8")
+        if self.use_dora_adaptive:
+            add_card_section(save_directory)
 
     def to_dict(self) -> dict[str, Any]:
         """

@@ -126,8 +126,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         learn_how_to_quantize(model, self._layers())
         if config.use_dora_adaptive:
             avoid_fast_path(model)
-        if config.use_dora_adaptive and hasattr(model, "add_model_tags"):
-            model.add_model_tags("adadora")  # for the model card that PEFT writes
+            if hasattr(model, "add_model_tags"):
+                model.add_model_tags("adadora")  # for the model card that PEFT writes
         if not config.inference_mode:
             # PEFT's __init__ does so for the first adapter alone
             self.trainable_adapter_name = adapter_name
