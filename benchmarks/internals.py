@@ -8,7 +8,7 @@ import torch
 
 from peft.tuners.adalora import rows, variants
 from peft.tuners.adalora.adadora import adapted_output, squared_adapted_row_norm
-from peft.tuners.adalora.base_weight import base_rows, base_weight
+from peft.tuners.adalora.base_weight import base_weight
 from peft.tuners.adalora.merging import overwrite_base_weight
 from peft.tuners.adalora.rows import blockwise, matmul_rows, row_norm
 from peft.tuners.adalora.stock_layer import RankAllocator as StockRankAllocator
@@ -27,6 +27,11 @@ __all__ = [
     "row_norm",
     "squared_adapted_row_norm",
 ]
+
+
+def base_rows(layer: torch.nn.Module) -> torch.Tensor:
+    """W of a layer as a matrix (out, in), detached."""
+    return layer.get_base_rows()
 
 
 def product_alone(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,15 @@ def test_the_branch_holds_the_whole_and_leaves_the_work_tree_alone(fork, release
     assert git(fork, "rev-parse", "HEAD") == git(release, "rev-parse", "HEAD")
 
 
+def test_the_patches_can_be_written_from_the_commits(fork, tmp_path):
+    git(fork, "clone", "--quiet", "--branch", apply.BRANCH, fork, tmp_path / "branch")
+    expected = [patch for folder in series.patches()[-5:] for patch in folder.glob("*.patch")]
+    found = series.patches_from(tmp_path / "branch")
+    # the installed PEFT has neither tests nor docs
+    assert found.keys() == {path for path in expected if path.name not in ("tests.patch", "repository.patch")}
+    assert all(text == path.read_text() for path, text in found.items())
+
+
 def test_every_commit_compiles(fork):
     for number in range(len(SUBJECTS)):
         commit = f"{apply.BRANCH}~{number}"

@@ -860,8 +860,8 @@ class TestCheckOfValues:
                 ".* takes 2 positional arguments but 3 were given",
             ),
             (
-                "peft.tuners.adalora.variants.base_row_norm",
-                lambda original: lambda module: 2 * original(module),
+                "peft.tuners.adalora.variants.row_norm",
+                lambda original: lambda weight: 2 * original(weight),
                 "the magnitude of a new adapter differs from the formula",
             ),
             (

@@ -21,7 +21,10 @@ import series
 
 
 PATCHES = [folder / "peft.patch" for folder in series.patches()]
-OF_ADADORA = PATCHES[-2:]  # and of its callback
+LAST = PATCHES[-2:]  # are made of the overrides in src
+IN_SERIES = PATCHES[-5:]  # AdaDoRA, in patches that need those before them
+# the lines of our modules that a later patch of the series may change
+DIFFERING_LINES = 60
 
 
 def files_of(patch: Path) -> list[str]:
@@ -38,12 +41,13 @@ def stock(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mended(stock, tmp_path_factory):
-    """The source tree of PEFT with all patches before those of AdaDoRA."""
-    tree = tmp_path_factory.mktemp("mended") / "tree"
-    shutil.copytree(stock, tree)
-    series.add_patches(tree, series.patches()[:-2])
-    return tree
+def trees(stock, tmp_path_factory):
+    """The source tree of PEFT before each of the patches of `IN_SERIES`."""
+    folder = tmp_path_factory.mktemp("trees")
+    for number in range(-len(IN_SERIES), 0):
+        shutil.copytree(stock, folder / PATCHES[number].parent.name)
+        series.add_patches(folder / PATCHES[number].parent.name, series.patches()[:number])
+    return {patch: folder / patch.parent.name for patch in IN_SERIES}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +64,9 @@ def patch(request):
 
 
 @pytest.fixture
-def before(patch, stock, mended):
-    """What a patch is made for: AdaDoRA's for the patches before them, and any other for the installed PEFT."""
-    return mended if patch in OF_ADADORA else stock
+def before(patch, stock, trees):
+    """What a patch is made for: AdaDoRA's for the patches before it, and any other for the installed PEFT."""
+    return trees.get(patch, stock)
 
 
 @pytest.fixture
@@ -91,18 +95,62 @@ def undefined_names(paths: list[Path]) -> str:
 
 
 def test_the_whole_has_all_modules_and_no_undefined_names(stock, whole):
-    ours = [path.relative_to(ROOT) for path in (ROOT / series.PEFT).rglob("*.py")]
-    added = series.new_modules(stock)
-    # an override is in the patch, and any other module comes whole
-    assert sorted(map(str, set(ours) - set(added))) == sorted(name for patch in OF_ADADORA for name in files_of(patch))
+    ours = series.our_modules()
+    # an override is in a patch, and any other module comes whole
+    overrides = set(ours) - set(series.new_modules())
+    assert sorted(map(str, overrides)) == sorted(name for patch in LAST for name in files_of(patch))
     assert undefined_names([whole / path for path in ours]) == ""
 
 
 def test_a_module_of_ours_has_the_form_that_it_has_here(stock, whole):
-    for path in series.new_modules(stock):
+    for path in series.new_modules():
         here, there = ((tree / path).read_text().splitlines() for tree in (ROOT, whole))
         changed = [line for line in here if line not in there]
         assert len(here) == len(there) and changed in ([], ["from . import stock_layer as stock"])
+
+
+def test_few_lines_of_our_modules_have_an_earlier_form(trees):
+    changed = [
+        line
+        for patch in (ROOT / "upstream" / "series").glob("*/earlier.patch")
+        for line in re.findall(r"^[-+](?![-+]{2} ).*", patch.read_text(), re.MULTILINE)
+    ]
+    assert 0 < len(changed) <= DIFFERING_LINES
+    # the package brings them up to the form that they have here
+    for path in {path for folder in series.patches()[-5:-2] for path in series.modules(folder)}:
+        differs = (trees[series.PACKAGE / "peft.patch"] / path).read_text() != (ROOT / path).read_text()
+        assert differs == (path.name in ("variants.py", "quantized.py"))
+
+
+def test_the_method_is_small_and_does_not_name_the_package(trees):
+    changed = 0
+    for path in series.our_modules():
+        before, after = (trees[folder / "peft.patch"] / path for folder in (series.METHOD, series.CONV2D))
+        if after.exists():
+            files = [before if before.exists() else os.devnull, after]
+            command = ["git", "diff", "--no-index", "--numstat", *files]
+            counts = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()[:2]
+            changed += sum(map(int, counts))
+            assert "peft-adadora" not in after.read_text()
+    docs = (series.METHOD / "repository.patch").read_text().partition("diff --git a/tests")[0]
+    changed += len(re.findall(r"^[-+](?![-+]{2} )", docs, re.MULTILINE))
+    assert 300 < changed <= 400
+
+
+def tree_with(folder: Path, trees: dict[Path, Path], whole: Path) -> Path:
+    """The source tree of PEFT with the patches up to one of the series."""
+    patches = series.patches()
+    return whole if folder == patches[-1] else trees[patches[patches.index(folder) + 1] / "peft.patch"]
+
+
+@pytest.mark.parametrize("folder", series.patches()[-5:], ids=lambda folder: folder.name)
+def test_each_tree_of_the_series_has_what_it_imports(folder, trees, whole):
+    adalora = tree_with(folder, trees, whole) / series.PEFT / "tuners" / "adalora"
+    assert undefined_names([adalora]) == ""
+    for path in adalora.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                assert (adalora / f"{node.module}.py").exists(), (path.name, node.module)
 
 
 def functions_of(path: Path) -> dict[str, str]:
@@ -115,21 +163,18 @@ def functions_of(path: Path) -> dict[str, str]:
     return code
 
 
-def test_the_classes_of_peft_have_the_methods_that_ours_add(mended, whole):
+def test_the_classes_of_peft_have_the_methods_that_ours_add(trees, whole):
     # PEFT's layers have a `forward` each; module attributes are passed on by the overlay alone
     left_out = {"AdaDoraForward.forward", "__getattr__"}
-    for name in (name for patch in OF_ADADORA for name in files_of(patch)):
-        ours, before, after = (functions_of(tree / name) for tree in (ROOT, mended, whole))
+    for name in (name for patch in LAST for name in files_of(patch)):
+        ours, before, after = (functions_of(tree / name) for tree in (ROOT, trees[IN_SERIES[0]], whole))
         added = ours.keys() - before.keys() - left_out
         assert {name: after.get(name) for name in added} == {name: ours[name] for name in added}
 
 
-@pytest.mark.parametrize("with_callback", [True, False])
-def test_the_series_computes_with_a_magnitude(with_callback, stock, whole, tmp_path):
-    tree = whole
-    if not with_callback:
-        tree = shutil.copytree(stock, tmp_path / "tree")
-        series.add_patches(tree, series.patches()[:-1])
+@pytest.mark.parametrize("folder", series.patches()[-5:], ids=lambda folder: folder.name)
+def test_each_tree_of_the_series_computes_with_a_magnitude(folder, trees, whole):
+    tree = tree_with(folder, trees, whole)
     code = """
 import sys
 
@@ -150,6 +195,8 @@ torch.testing.assert_close(model(x), expected)
 
 # PEFT's layers derive from nn.Module before AdaLoraLayer
 from peft.tuners.adalora import AdaLoraLayer, SVDConv2d, SVDLinear
+if "train" not in vars(AdaLoraLayer):
+    sys.exit()  # it comes with the package
 ours = {name for name in vars(AdaLoraLayer).keys() & vars(nn.Module).keys() if not name.startswith("__")} - {"forward"}
 assert "train" in ours
 for layer in (SVDLinear, SVDConv2d):

@@ -38,7 +38,7 @@ def check_release(repository: Path) -> None:
     committed = {name: mode.split()[2] for mode, name in (line.split("\t") for line in listed)}
     differing = {name for name, before in files.items() if committed.get(name, "0" * 40) != before}
     differing |= set(series.differing_files(repository, files))
-    differing |= {str(path) for path in series.added_modules(files) if (repository / path).exists()}
+    differing |= {str(path) for path in series.new_modules() if (repository / path).exists()}
     if differing:
         release = series.release()
         raise SystemExit(f"not the files of PEFT {release}, nothing has changed: {', '.join(sorted(differing))}")

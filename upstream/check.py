@@ -1,14 +1,15 @@
 """Applies the patches to PEFT's source distribution, and runs PEFT's tests and this project's with each of them.
 
     python upstream/check.py FOLDER                   everything
-    python upstream/check.py FOLDER --only adadora    one patch: adadora, or the name of a fix
+    python upstream/check.py FOLDER --only method     one patch
     python upstream/check.py FOLDER --only-ours       without PEFT's own tests
 
 In FOLDER it unpacks the pinned source distribution of PEFT, makes an environment without `peft-adadora`, and builds a
 tree for each patch (see `series.py`). In each tree PEFT's own tests must have the outcomes that they have without any
-patch, and the linters of PEFT must be clean. With `adadora`, this project's behavioural tests must pass inside of
-PEFT, and so must PEFT's own tests of `tests.patch`, which adds AdaDoRA to their tables. The tests of a fix must fail
-without it, and pass with it. Tests of PEFT that fail without a patch, for want of a network, are left out with it.
+patch, and the linters of PEFT must be clean. A patch of AdaDoRA comes after all patches before it, and the tests that
+it adds to PEFT's must pass. With the whole series this project's behavioural tests must pass inside of PEFT. The tests
+of a fix must fail without it, and pass with it. Tests of PEFT that fail without a patch, for want of a network, are
+left out with it.
 
 It prints a table, and exits with 1 if anything differs or fails.
 """
@@ -40,6 +41,8 @@ FILES_OF_DORA = [
     *("test_lora_variants.py", "test_helpers.py", "test_custom_models.py", "test_initialization.py"),
     *("test_decoder_models.py", "test_quantization.py"),
 ]
+# where the series adds tests of AdaDoRA that need no GPU
+FILES_OF_ADADORA = ["test_custom_models.py", "test_lora_variants.py", "test_config.py", "test_initialization.py"]
 SELECTION = "adalora or AdaLora or AdaLoRA"
 # PEFT's tests leave the offline mode, and the client of the hub waits half a minute before it gives up
 NO_WAITING = """
@@ -150,6 +153,11 @@ def outcomes_without_a_patch(python: Path, stock: Path) -> tuple[dict[str, str],
     return outcomes, left_out
 
 
+def numberless(outcomes: dict[str, str]) -> dict[str, str]:
+    """Outcomes by names that do not change when a patch adds a row to a table of cases."""
+    return {re.sub(r"kwargs\d+", "kwargs", test): outcome for test, outcome in outcomes.items()}
+
+
 def node_id(test: str, tree: Path) -> str:
     """What pytest calls a test of a report, whose class names are paths with dots."""
     module, _, name = test.partition("::")
@@ -163,6 +171,7 @@ def has_style_of_peft(python: Path, tree: Path) -> bool:
     touched = ["src/peft/helpers.py", "src/peft/tuners/adalora", "src/peft/tuners/mixed"]
     touched += ["src/peft/tuners/lora/dora.py", "tests/test_lora_variants.py", "src/peft/tuners/tuners_utils.py"]
     touched += ["tests/test_config.py", "tests/test_custom_models.py", "tests/test_initialization.py"]
+    touched += ["tests/test_common_gpu.py"]
     commands = [
         [python, "-m", "ruff", "check", "--quiet", *touched],
         [python, "-m", "ruff", "format", "--check", "--quiet", *touched],
@@ -183,16 +192,6 @@ def summary(outcomes: dict[str, str]) -> str:
     return ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(Counter(outcomes.values()).items()))
 
 
-def count_lines(lines: Iterable[str]) -> int:
-    """Lines that are neither blank nor part of the licence's header."""
-    return sum(bool(line.strip()) and not line.startswith("#") for line in lines)
-
-
-def changed_lines(patch: Path) -> int:
-    """How many lines a patch adds and removes."""
-    return count_lines(re.findall(r"^[+-](?!--|\+\+ )(.*)", patch.read_text(), re.MULTILINE))
-
-
 def print_row(cells: Iterable[object]) -> None:
     """Print a row of a table when it is ready."""
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
@@ -208,17 +207,17 @@ class Check:
         self.without, self.left_out = ({}, None) if only_ours else outcomes_without_a_patch(self.python, self.stock)
         if not only_ours:
             print(f"PEFT's tests without a patch: {summary(self.without)}", flush=True)
-        print("| patch | lines of PEFT changed | new lines | PEFT's tests | ours | in PEFT's tables | linters |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print("| patch | PEFT's tests | added to PEFT's | ours | linters |\n|---|---|---|---|---|", flush=True)
 
     def tests_of_peft(self, name: str, tree: Path) -> str:
         if self.left_out is None:
             return "not run"
-        outcomes = run_tests_of_peft(self.python, tree, self.left_out)
-        expected = {test: outcome for test, outcome in self.without.items() if outcome in ("passed", "skipped")}
-        network = self.without.keys() - expected.keys()
+        outcomes = numberless(run_tests_of_peft(self.python, tree, self.left_out))
+        without = numberless(self.without)
+        expected = {test: outcome for test, outcome in without.items() if outcome in ("passed", "skipped")}
+        network = without.keys() - expected.keys()
         # a patch may add tests, which must not fail
-        added = {test for test, outcome in outcomes.items() if outcome in ("passed", "skipped")} - self.without.keys()
+        added = {test for test, outcome in outcomes.items() if outcome in ("passed", "skipped")} - without.keys()
         tests = (outcomes.keys() | expected.keys()) - network - added
         different = sorted(test for test in tests if outcomes.get(test) != expected.get(test))
         self.problems += [
@@ -253,16 +252,8 @@ class Check:
             f"{name}: {test} passes without it" for test, outcome in without.items() if outcome == "passed"
         ]
         series.apply(tree, folder / "peft.patch")
-        row = [
-            name,
-            changed_lines(folder / "peft.patch"),
-            0,
-            self.tests_of_peft(name, tree),
-            self.must_pass(name, run_tests(self.python, tree, tree, of_this)),
-            "",
-            self.style(name, tree),
-        ]
-        print_row(row)
+        passed = self.must_pass(name, run_tests(self.python, tree, tree, of_this))
+        print_row([name, self.tests_of_peft(name, tree), passed, "", self.style(name, tree)])
 
     def dora_norm(self, folder: Path) -> None:
         """Check the patch of LoRA's DoRA: with it, PEFT's tests of DoRA and those that it adds must pass."""
@@ -274,7 +265,7 @@ class Check:
         options = [*options_of_peft(tree), *(f"tests/{file}" for file in FILES_OF_DORA), "-k", "dora or DoRA or Dora"]
         options += [f"--deselect={test}" for test in self.failing_without(options)]
         passed = self.must_pass(name, run_tests(self.python, tree, tree, options))
-        print_row([name, changed_lines(folder / "peft.patch"), 0, passed, "", "", self.style(name, tree)])
+        print_row([name, "", passed, "", self.style(name, tree)])
 
     def failing_without(self, options: list[str]) -> list[str]:
         """The tests that fail without a patch, for want of a network."""
@@ -283,21 +274,20 @@ class Check:
         failing = [test for test, outcome in outcomes.items() if outcome in ("failure", "error")]
         return [node_id(test, self.stock) for test in failing]
 
-    def adadora(self, folder: Path) -> None:
-        """Check PEFT with AdaDoRA inside."""
-        name, tree = folder.name, self.folder / folder.name
-        series.build(self.stock, tree)
-        sizes = [count_lines((tree / path).read_text().splitlines()) for path in series.new_modules(self.stock)]
-        row = [
-            name,
-            changed_lines(folder / "peft.patch"),
-            sum(sizes),
-            self.tests_of_peft(name, tree),
-            self.must_pass(name, run_tests(self.python, tree, ROOT, ["-m", WITHOUT_OVERLAY, "tests"])),
-        ]
-        options = [*options_of_peft(tree), "tests/test_custom_models.py", "-k", "AdaDoRA"]
-        row += [self.must_pass(name, run_tests(self.python, tree, tree, options)), self.style(name, tree)]
-        print_row(row)
+    def in_series(self, folder: Path) -> None:
+        """Check a patch of AdaDoRA after all patches before it. With the last, this project's tests must pass, too."""
+        name, tree, patches = folder.name, self.folder / folder.name, series.patches()
+        shutil.rmtree(tree, ignore_errors=True)
+        shutil.copytree(self.stock, tree, ignore=shutil.ignore_patterns("__pycache__"))
+        series.add_patches(tree, patches[: patches.index(folder) + 1])
+        options = [*options_of_peft(tree), *(f"tests/{file}" for file in FILES_OF_ADADORA), "-k", "adadora or AdaDoRA"]
+        row = [name, self.tests_of_peft(name, tree)]
+        row.append(self.must_pass(name, run_tests(self.python, tree, tree, options)))
+        if folder == patches[-1]:
+            ours = self.must_pass(name, run_tests(self.python, tree, ROOT, ["-m", WITHOUT_OVERLAY, "tests"]))
+        else:
+            ours = ""
+        print_row([*row, ours, self.style(name, tree)])
 
 
 def main() -> int:
@@ -306,15 +296,16 @@ def main() -> int:
     parser.add_argument("--only", metavar="PATCH", help="check one patch alone")
     parser.add_argument("--only-ours", action="store_true", help="leave out PEFT's own tests")
     options = parser.parse_args()
-    patches = {folder.name: folder for folder in series.patches() if folder != series.CALLBACK}
+    patches = {folder.name: folder for folder in series.patches()}
     if options.only and options.only not in patches:
         raise SystemExit(f"there is no patch {options.only!r} among {', '.join(patches)}")
     check = Check(options.folder.resolve(), options.only_ours)
     for name, folder in patches.items():
         if options.only in (None, name):
-            checks = {series.ADADORA: check.adadora, series.DORA_NORM: check.dora_norm}
-            run = checks.get(folder, check.fix)
-            run(folder)
+            if folder == series.DORA_NORM:
+                check.dora_norm(folder)
+            else:
+                (check.fix if folder in series.fixes() else check.in_series)(folder)
     print(*check.problems, sep="\n")
     return 1 if check.problems else 0
 

@@ -76,15 +76,19 @@ def main() -> int:
     if not options.offline:
         check.fetch(files, "--require-hashes", "-r", str(series.HERE / "requirements.txt"))
     commits, ruff = make_fork(stock, repository), install_ruff(stock, files / "ruff")
-    print("| commit | lines added | removed | compiles | formatted | linted |\n|---|---|---|---|---|---|", flush=True)
+    print("| commit | source: lines added | removed | tests: added | removed | compiles | formatted | linted |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     failed = False
     for commit in commits:
         subject = apply.git(repository, "log", "-1", "--format=%s", commit).stdout.strip()
-        counts = apply.git(repository, "show", "--numstat", "--format=", commit).stdout.splitlines()
-        added, removed = (sum(int(line.split()[i]) for line in counts) for i in (0, 1))
+        numstat = apply.git(repository, "show", "--numstat", "--format=", commit).stdout.splitlines()
+        counts = {"src/": [0, 0], "tests/": [0, 0]}
+        for added, removed, name in map(str.split, numstat):
+            count = counts[name[: name.index("/") + 1]]
+            count[:] = count[0] + int(added), count[1] + int(removed)
         outcomes = check_commit(repository, commit, ruff)
         failed |= "NO" in outcomes
-        check.print_row([subject, added, removed, *outcomes])
+        check.print_row([subject, *counts["src/"], *counts["tests/"], *outcomes])
     apply.git(repository, "checkout", "--quiet", apply.BRANCH)
     for folder in ("patches", "wheel"):
         shutil.rmtree(files / folder, ignore_errors=True)

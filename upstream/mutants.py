@@ -142,7 +142,7 @@ MUTANTS = [
         "take the norm over the wrong axis",
         (
             Edit(
-                "base_weight.py",
+                "layer.py",
                 "isinstance(base_layer, Conv1D) else",
                 "isinstance(base_layer, Conv1D) or weight.shape[0] == weight.shape[-1] else",
             ),
@@ -231,7 +231,7 @@ MUTANTS = [
     Mutant("scale a row of zeros by 0", (Edit("adadora.py", "squared_norm <= ZERO_ROW", "squared_norm < 0"),)),
     Mutant(
         "round the factors to the weight's precision, where a GPU multiplies",
-        (Edit("rows.py", "torch.cat([high, matrix - high])", "torch.cat([high, torch.zeros_like(high)])"),),
+        (Edit("low_precision.py", "torch.cat([high, matrix - high])", "torch.cat([high, torch.zeros_like(high)])"),),
     ),
 ]
 

@@ -1,15 +1,22 @@
 """The patches that are proposed to PEFT, and the source tree with them.
 
-    python upstream/series.py --update    write the patches of AdaDoRA and its callback anew, after changes in `src/`
+    python upstream/series.py --update               write the last two patches anew, after changes in `src/`
+    python upstream/series.py --from REPOSITORY      write the patches of AdaDoRA from the last commits of a fork
 
-- `series/fixes/<name>/peft.patch` mends one bug of AdaLoRA in PEFT as it is, alone.
-- `series/dora-norm/peft.patch` makes LoRA's DoRA compute its norm without an (out, in) matrix.
-- `series/adadora/peft.patch` edits PEFT's own files for AdaDoRA. Our modules that PEFT lacks come beside them whole,
-  in the form that they have in `src/`.
-- `series/callback/peft.patch` adds the callback of the Trainer, with the modules that only it uses.
+- `series/fixes/<name>` mends one bug of AdaLoRA in PEFT as it is, alone.
+- `series/dora-norm` makes LoRA's DoRA compute its norm without an (out, in) matrix.
+- `series/method` adds AdaDoRA for linear layers, `series/conv2d` for convolutions, `series/quantized` for quantized
+  weights.
+- `series/package` adds what only the package has: refusals, exact loading, a faster allocator.
+- `series/callback` adds the callback of the Trainer, with the modules that only it uses.
 
-The update merges what has changed in our subclasses since the patch was written into PEFT's files, as `git merge`
-does. A change that cannot be merged stays in `build/update` with conflict markers; resolve it there, and update again.
+In each folder, `peft.patch` edits PEFT's own files, and `tests.patch` its tests. `repository.patch` edits files that
+PEFT's repository has and its source distribution lacks. Our modules (`MODULES`) come whole, in the form that they have
+in `src/`, but for the lines of `earlier.patch`, which a later patch of the series brings up to it.
+
+The update merges what has changed in our subclasses since a patch was written into PEFT's files, as `git merge` does.
+A change that cannot be merged stays in `build/update` with conflict markers; resolve it there, and update again. For
+any other change to a patch, edit the commits of the fork as git does, and write the patches from them.
 """
 
 import argparse
@@ -20,7 +27,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from difflib import unified_diff
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -29,11 +36,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 FIXES = HERE / "series" / "fixes"
 DORA_NORM = HERE / "series" / "dora-norm"
-ADADORA = HERE / "series" / "adadora"
+METHOD, CONV2D, QUANTIZED = (HERE / "series" / name for name in ("method", "conv2d", "quantized"))
+PACKAGE = HERE / "series" / "package"
 CALLBACK = HERE / "series" / "callback"
 PEFT = Path("src", "peft")
-# come with the callback; any other module or edit comes with AdaDoRA
-OF_CALLBACK = ["__init__.py", "callback.py", "resume.py", "unfinished_checkpoints.py"]
+# our modules of AdaLoRA by the patch that they come with; all others come with the package
+MODULES = {
+    METHOD: ["adadora.py", "rows.py", "variants.py"],
+    CONV2D: ["conv2d.py"],
+    QUANTIZED: ["low_precision.py", "quantized.py", "rows.py"],
+    CALLBACK: ["callback.py", "resume.py", "unfinished_checkpoints.py"],
+}
 # of PEFT's pyproject.toml, which is not installed with it
 STYLE = ["--line-length=119", "--config=lint.isort={lines-after-imports=2, known-first-party=['peft']}"]
 
@@ -45,13 +58,20 @@ def fixes() -> list[Path]:
 
 def patches() -> list[Path]:
     """The folders of all patches, in the order of the series."""
-    return [*fixes(), DORA_NORM, ADADORA, CALLBACK]
+    return [*fixes(), DORA_NORM, METHOD, CONV2D, QUANTIZED, PACKAGE, CALLBACK]
 
 
-def patch_with(name: str | Path) -> Path:
-    """The folder of the patch with one of our modules, or with the edits of an override, by its path in PEFT."""
-    of_callback = (PEFT / "tuners" / "adalora" / module for module in OF_CALLBACK)
-    return CALLBACK if Path(name) in of_callback else ADADORA
+def modules(folder: Path) -> list[Path]:
+    """Our modules that a patch brings, or brings up to the form that they have in `src/`."""
+    named = {key: [PEFT / "tuners" / "adalora" / name for name in names] for key, names in MODULES.items()}
+    if folder != PACKAGE:
+        return named.get(folder, [])
+    return [path for path in new_modules() if path not in named[CALLBACK]]
+
+
+def patch_with_edits(name: str) -> Path:
+    """The last patch with edits of an override, by its path in PEFT."""
+    return CALLBACK if name == str(PEFT / "tuners" / "adalora" / "__init__.py") else PACKAGE
 
 
 def message(folder: Path) -> str:
@@ -91,8 +111,13 @@ def apply(tree: Path, patch: Path) -> None:
 
 
 def patch_files(folder: Path, tree: Path) -> list[Path]:
-    """What a folder changes in a tree: the package, and PEFT's tests if the tree has them."""
-    return [folder / "peft.patch", *(folder.glob("tests.patch") if (tree / "tests").exists() else ())]
+    """
+    What a folder changes in a tree: the package, PEFT's tests if the tree has them, and other files of PEFT's
+    repository if they are those that the patch is made for.
+    """
+    others = [patch for patch in folder.glob("repository.patch") if not differing_files(tree, edited_files(patch))]
+    tests = folder.glob("tests.patch") if (tree / "tests").exists() else ()
+    return [*folder.glob("peft.patch"), *tests, *others]
 
 
 def files_of_release(tree: Path) -> dict[str, str]:
@@ -109,12 +134,6 @@ def release() -> str:
     return re.search(r"peft==(\S+)", (HERE / "requirements.txt").read_text())[1]
 
 
-def added_modules(edited: Iterable[str]) -> list[Path]:
-    """Our modules that are none of the edited files of PEFT."""
-    ours = (path.relative_to(ROOT) for path in sorted((ROOT / PEFT).rglob("*.py")))
-    return [path for path in ours if str(path) not in edited]
-
-
 def add_patch(repository: Path, folder: Path) -> None:
     """
     Put a patch into the work tree and the index of a repository that has the patches before it. A fix is made for the
@@ -125,9 +144,15 @@ def add_patch(repository: Path, folder: Path) -> None:
         result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
         if result.returncode:
             raise SystemExit(f"{patch.relative_to(HERE)} does not apply after the patches before it:\n{result.stderr}")
-    for path in (path for path in new_modules(repository) if patch_with(path) == folder):
+    brought = modules(folder)
+    for path in brought:
         (repository / path).write_text(in_peft((ROOT / path).read_text()))
-        subprocess.run(["git", "add", str(path)], cwd=repository, check=True)
+    for patch in folder.glob("earlier.patch"):
+        result = subprocess.run(["git", "apply", patch], cwd=repository, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise SystemExit(f"{patch.relative_to(HERE)} does not fit the modules in src:\n{result.stderr}")
+    if brought:
+        subprocess.run(["git", "add", "--force", *brought], cwd=repository, check=True)
 
 
 def add_patches(tree: Path, folders: list[Path]) -> None:
@@ -154,10 +179,15 @@ def installed(tree: Path) -> None:
     shutil.copytree(distribution("peft").locate_file("peft"), tree / PEFT, ignore=ignore)
 
 
-def new_modules(stock: Path) -> list[Path]:
-    """Our modules that a source tree of PEFT lacks, by their paths in it."""
-    ours = (path.relative_to(ROOT) for path in sorted((ROOT / PEFT).rglob("*.py")))
-    return [path for path in ours if not (stock / path).exists()]
+def our_modules() -> list[Path]:
+    """Our modules and overrides, by their paths in a source tree of PEFT."""
+    return [path.relative_to(ROOT) for path in sorted((ROOT / PEFT).rglob("*.py"))]
+
+
+def new_modules() -> list[Path]:
+    """Our modules that PEFT lacks."""
+    stock = Path(distribution("peft").locate_file("peft")).parent
+    return [path for path in our_modules() if not (stock / path.relative_to("src")).exists()]
 
 
 def in_peft(code: str) -> str:
@@ -243,14 +273,50 @@ def write_patch(patch: Path, before: Path, after: Path, ours: Path, names: list[
         command = ["git", "diff", "--no-index", "--full-index", "--unified=3", before / name, after / name]
         diff = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         diffs.append(diff.replace(f"a{before}/", "a/").replace(f"b{before}/", "b/").replace(f"b{after}/", "b/"))
-    patch.write_text(head + "\n" + "".join(diffs))
+    patch.write_text(head + "".join(diffs))
+
+
+def patches_from(repository: Path) -> dict[Path, str]:
+    """
+    The patches from the method on, by their paths, from the last commits of a fork that is made of the modules in
+    `src/`.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True).stdout
+
+    found = {}
+    for number, folder in enumerate(reversed(patches()[-5:])):
+        commit, brought = f"HEAD~{number}", list(map(str, modules(folder)))
+        names = git("diff", "--name-only", f"{commit}~", commit).split()
+        others = [name for name in names if name.startswith(("docs/", "tests/regression/"))]
+        groups = {
+            "peft.patch": [name for name in names if name.startswith("src/") and name not in brought],
+            "tests.patch": [name for name in names if name.startswith("tests/") and name not in others],
+            "repository.patch": others,
+        }
+        for patch, of_this in groups.items():
+            if of_this:
+                made_of_ours = of_this if folder in (PACKAGE, CALLBACK) else []
+                head = "".join(f"made of {blob((ROOT / name).read_bytes())} {name}\n" for name in made_of_ours)
+                diff = git("diff", "--full-index", "--unified=3", f"{commit}~", commit, "--", *of_this)
+                found[folder / patch] = head + diff
+        versions = [(name, in_peft((ROOT / name).read_text()), git("show", f"{commit}:{name}")) for name in brought]
+        earlier = "".join(
+            "".join(unified_diff(*(text.splitlines(keepends=True) for text in texts), f"a/{name}", f"b/{name}"))
+            for name, *texts in versions
+        )
+        if earlier:
+            found[folder / "earlier.patch"] = earlier
+    return found
 
 
 def merge_all(ours: Path, before: Path, tree: Path) -> None:
-    """Make `tree` the source tree `before` with both patches and with what has changed in `ours` since."""
+    """Make `tree` the source tree `before` with the last two patches and with what has changed in `ours` since."""
     shutil.copytree(before, tree)
     versions = {}
-    for folder in (ADADORA, CALLBACK):
+    for folder in (PACKAGE, CALLBACK):
         apply(tree, folder / "peft.patch")
         versions |= made_of(folder / "peft.patch")
     for path in sorted((ours / PEFT).rglob("*.py")):
@@ -268,15 +334,14 @@ def merge_all(ours: Path, before: Path, tree: Path) -> None:
 
 def update(folder: Path) -> None:
     """
-    Write the patches of AdaDoRA and its callback anew. Raises a `SystemExit` if a change has to be merged by hand in
-    `folder`.
+    Write the last two patches anew. Raises a `SystemExit` if a change has to be merged by hand in `folder`.
     """
     before, after, ours = folder / "before", folder / "after", folder / "ours"
     if not folder.exists():
         installed(before)
         add_patches(before, patches()[:-2])
-        for path in (path.relative_to(ROOT) for path in sorted((ROOT / PEFT).rglob("*.py"))):
-            if (before / path).exists():
+        for path in our_modules():
+            if path not in new_modules():
                 (ours / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / path, ours / path)
         try:
@@ -291,17 +356,23 @@ def update(folder: Path) -> None:
     for arguments in (["check", "--fix", "--exit-zero", "--select=F401,I001"], ["format"]):
         command = [sys.executable, "-m", "ruff", *arguments, "--quiet", "--no-cache", "--isolated"]
         subprocess.run([*command, *STYLE, *(after / name for name in names)], check=True)
-    for patch in (ADADORA, CALLBACK):
-        of_this = [name for name in names if patch_with(name) == patch]
+    for patch in (PACKAGE, CALLBACK):
+        of_this = [name for name in names if patch_with_edits(name) == patch]
         write_patch(patch / "peft.patch", before, after, ours, of_this)
     shutil.rmtree(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", required=True, help="write both patches anew")
-    parser.parse_args()
-    update(ROOT / "build" / "update")
+    actions = parser.add_mutually_exclusive_group(required=True)
+    actions.add_argument("--update", action="store_true", help="write the last two patches anew")
+    actions.add_argument("--from", dest="repository", type=Path, help="write the patches from the commits of a fork")
+    options = parser.parse_args()
+    if options.update:
+        update(ROOT / "build" / "update")
+    else:
+        for path, text in patches_from(options.repository).items():
+            path.write_text(text)
 
 
 if __name__ == "__main__":

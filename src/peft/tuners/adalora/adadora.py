@@ -24,8 +24,7 @@ n  = ‖W + ΔW‖, row by row   (out, 1), outside of the gradient graph
 h  = (m / n) ⊙ (W x + ΔW x) + bias            m (out, 1)
 ```
 
-Nothing here keeps anything, or writes to a tensor that it was given. Nothing builds an (out, in) matrix but
-`merged_rows`, and that one goes block by block.
+No function writes to a tensor that it was given. Only `merged_rows` builds rows of W + ΔW, one block after the other.
 """
 
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from .rows import Rows, full_precision, matmul_rows, norm_dtype, row_blocks, row_norm
+from .rows import full_precision, matmul_rows, norm_dtype, row_blocks, row_norm
 
 
 # A squared row norm below this has lost its precision to underflow: the row counts as zero.
@@ -45,23 +44,14 @@ ROUNDING = 8
 
 
 def squared_adapted_row_norm(
-    weight: torch.Tensor | Rows, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor
+    weight: torch.Tensor, lora_A: torch.Tensor, scaled_E: torch.Tensor, lora_B: torch.Tensor
 ) -> torch.Tensor:
-    """n² = ‖W + ΔW‖² of each row, (out, 1), from the factors of ΔW, without making it.
+    """
+    n² = ‖W + ΔW‖² of each row, (out, 1), given W, A, c · E and B: a constant for every kind of derivative, following
+    section 4.3 of the DoRA paper.
 
-    Expanding the square leaves products that are at most (out, r) large (https://huggingface.co/papers/2603.22276 does
-    the same for DoRA):
-
-    ```
-    n² = ‖W‖² + rowsum((2 W Rᵀ + B R Rᵀ) ⊙ B),    R = c · E ⊙ A
-    ```
-
-    Where W + ΔW nearly cancels, rounding decides the sum, so it is clamped as in [`clamp_cancelled`]. The result is a
-    constant for every kind of derivative, following section 4.3 of the DoRA paper.
-
-    Args:
-        weight (`torch.Tensor` or [`Rows`]): W (out, in), detached.
-        lora_A, scaled_E, lora_B (`torch.Tensor`): A (r, in), c · E (r, 1) and B (out, r).
+    Expanding the square leaves products that are at most (out, r) large, with R = c · E ⊙ A
+    (https://huggingface.co/papers/2603.22276 does the same for DoRA): n² = ‖W‖² + rowsum((2 W Rᵀ + B R Rᵀ) ⊙ B).
     """
     dtype = norm_dtype(weight.dtype)
     with full_precision(weight.device):
@@ -76,29 +66,21 @@ def squared_adapted_row_norm(
 
 
 def clamp_cancelled(squared_norm: torch.Tensor, squared_base_norm: torch.Tensor) -> torch.Tensor:
-    """
-    n² (out, 1), but at least `ROUNDING` machine epsilons of ‖W‖² (out, 1). In float32 n is then at least ‖W‖ / 1024,
-    so m / n stays bounded, without a jump, where the update cancels a row.
-    """
+    """n², but at least `ROUNDING` machine epsilons of ‖W‖², which bounds m / n where the update cancels a row."""
     return torch.maximum(squared_norm, squared_base_norm * (ROUNDING * torch.finfo(squared_norm.dtype).eps))
 
 
 def magnitude_scale(magnitude: torch.Tensor, squared_norm: torch.Tensor) -> torch.Tensor:
-    """The factor m / n of each output row, (out, 1), in the dtype of n² (out, 1) and differentiable in m (out, 1).
-
-    A row whose norm is zero has no direction to scale. Its factor is 1, so that its output is the base model's, and
-    its magnitude gets a gradient of zero.
+    """
+    The factor m / n of each output row, (out, 1), given m and n². A row whose norm is zero has no direction to scale:
+    its factor is 1, as in the base model, and its magnitude gets a gradient of zero.
     """
     norm = nn.functional.threshold(squared_norm, ZERO_ROW, torch.inf).sqrt()
     return magnitude.to(norm.dtype) / norm + (squared_norm <= ZERO_ROW)
 
 
 def scale_output(output: torch.Tensor, scale: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """(m / n) ⊙ W x + b of a layer whose `output` is W x + b; `scale` m / n and the bias broadcast with the output.
-
-    The factor stays in float32 whatever the dtype of the output, and so does the result: a learned factor is close to
-    1, where bfloat16 has steps of 0.4 %.
-    """
+    """(m / n) ⊙ W x + b, given W x + b, m / n and b, in float32: m / n is near 1, where bfloat16 is too coarse."""
     return output * scale if bias is None else torch.addcmul(bias - scale * bias, output, scale)
 
 
@@ -109,15 +91,7 @@ def adapted_output(
     projected: torch.Tensor,
     scaled_B: torch.Tensor,
 ) -> torch.Tensor:
-    """h = (m / n) ⊙ (W x + ΔW x) + b, (..., out), in the dtype of [`scale_output`].
-
-    Args:
-        output (`torch.Tensor`): W x + b (..., out).
-        scale (`torch.Tensor`): m / n (out).
-        bias (`torch.Tensor`, *optional*): b (out).
-        projected (`torch.Tensor`): c E ⊙ A x (..., r).
-        scaled_B (`torch.Tensor`): (m / n) ⊙ B (out, r).
-    """
+    """h (..., out), given W x + b, m / n (out), b, c E ⊙ A x (..., r) and (m / n) ⊙ B, dtypes as in `scale_output`."""
     scaled = scale_output(output, scale, bias)
     if not scaled.dtype == projected.dtype == scaled_B.dtype:
         return scaled + projected @ scaled_B.to(projected.dtype).T
@@ -127,17 +101,13 @@ def adapted_output(
 
 @torch.no_grad()
 def merged_rows(
-    weight: torch.Tensor | Rows,
+    weight: torch.Tensor,
     lora_A: torch.Tensor,
     scaled_E: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The merged weight (m / n) ⊙ (W + ΔW), a block of rows at a time: which rows, and their values.
-
-    They are computed in float32 from W (out, in), A (r, in), c · E (r, 1), B (out, r) and m (out, 1), and rounded once
-    to the dtype of W.
-    """
+    """The merged weight (m / n) ⊙ (W + ΔW) in blocks: which rows, and their values, rounded once to the dtype of W."""
     dtype = norm_dtype(weight.dtype)
     right = lora_A.to(dtype) * scaled_E.to(dtype)
     for rows in row_blocks(weight):
@@ -145,5 +115,4 @@ def merged_rows(
             base = weight[rows].to(dtype)
             adapted = base + lora_B[rows].to(dtype) @ right
         squared_norm = clamp_cancelled(row_norm(adapted).square(), row_norm(base).square())
-        scale = magnitude_scale(magnitude[rows], squared_norm)
-        yield rows, (adapted * scale).to(weight.dtype)
+        yield rows, (adapted * magnitude_scale(magnitude[rows], squared_norm)).to(weight.dtype)

@@ -15,14 +15,12 @@
 """The frozen weight of an adapted layer, however it is stored: as it is, transposed, quantized, or sharded."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .rows import Rows, row_norm
+from .rows import row_norm
 from .sharding import gather_full
 
 
@@ -39,19 +37,10 @@ def has_computed_weight(module: nn.Module) -> bool:
     return is_parametrized or isinstance(module.__dict__.get("weight"), torch.Tensor)
 
 
-def base_rows(layer: nn.Module) -> torch.Tensor | Rows:
-    """W as a matrix (out, in), detached. If the weight is quantized, an object that gives its rows block by block."""
-    base_layer, backend = layer.get_base_layer(), layer.quantization_backend
-    if backend is not None:
-        return getattr(backend, "get_base_rows", backend.get_base_weight)(base_layer)
-    weight: Any = gather_full(base_layer.weight)
-    return weight.T if isinstance(base_layer, Conv1D) else weight.flatten(1)
-
-
 @torch.no_grad()
-def unmerged_rows(layer: nn.Module) -> torch.Tensor | Rows:
-    """[`base_rows`] without the plain AdaLoRA adapters that are merged into W."""
-    rows = base_rows(layer)
+def unmerged_rows(layer: nn.Module) -> torch.Tensor:
+    """`layer.get_base_rows()` without the plain AdaLoRA adapters that are merged into W."""
+    rows = layer.get_base_rows()
     for adapter_name in layer.merged_adapters:
         if adapter_name not in layer.lora_magnitude:
             lora_A, scaled_E, lora_B = layer.update_factors(adapter_name)

@@ -21,6 +21,7 @@ and much of PEFT write weights through `.data`, which shows in no counter, so no
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import wraps
 from typing import Optional
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .parameter_names import WEIGHTS
 from .sharding import is_partitioned
 
 
@@ -66,36 +68,40 @@ def invalidate(layer: nn.Module) -> None:
         cache.pop(layer, None)
 
 
-def cached_scale(
-    layer: nn.Module, adapter_name: str, params: list[torch.Tensor], compute: Callable[[], torch.Tensor]
-) -> torch.Tensor:
+def cached(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """
-    `compute()`, which is m / n of a layer, from the cache if there is one and nothing has changed. `params` are all
-    parameters of the active adapter. Nothing is cached if they need gradients.
+    Decorate `compute(layer, adapter_name, factors)`, which returns m / n of a layer: return the cached value if there
+    is one and nothing has changed. Nothing is cached for an adapter that needs gradients.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or (cache := _cache.get()) is None:
-        return compute()
-    weight = layer.get_base_layer().weight
-    needs_grad = torch.is_grad_enabled() and any(param.requires_grad for param in params)
-    if needs_grad or (layer.training and not cache.in_training) or is_partitioned(weight):
-        cache.pop(layer, None)  # a training step may follow, and a fused optimizer does not count its writes
-        return compute()
-    tensors = [*_stored_tensors(weight), *params]
-    key = adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled()
-    try:
-        state = [(tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors]
-    except RuntimeError:  # tensors from inference mode count no writes; those of torch.func have no storage
-        return compute()
-    cached_key, storages, scale = cache.get(layer, (None, (), None))
-    if cached_key == (key, state) and not any(storage.expired() for storage in storages):
+
+    @wraps(compute)
+    def cached_compute(layer: nn.Module, adapter_name: str, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or (cache := _cache.get()) is None:
+            return compute(layer, adapter_name, factors)
+        params = [getattr(layer, part)[adapter_name] for part in (*WEIGHTS, "ranknum")]
+        weight = layer.get_base_layer().weight
+        needs_grad = torch.is_grad_enabled() and any(param.requires_grad for param in params)
+        if needs_grad or (layer.training and not cache.in_training) or is_partitioned(weight):
+            cache.pop(layer, None)  # a training step may follow, and a fused optimizer does not count its writes
+            return compute(layer, adapter_name, factors)
+        tensors = [*_stored_tensors(weight), *params]
+        key = adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled()
+        try:
+            state = [(tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors]
+        except RuntimeError:  # tensors from inference mode count no writes; those of torch.func have no storage
+            return compute(layer, adapter_name, factors)
+        cached_key, storages, scale = cache.get(layer, (None, (), None))
+        if cached_key == (key, state) and not any(storage.expired() for storage in storages):
+            return scale
+        scale = compute(layer, adapter_name, factors)
+        with suppress(RuntimeError):  # torch.func may have made it
+            # weak references keep no memory, and an address belongs to no other storage while they are valid
+            storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*tensors, scale)]
+            if type(scale) is torch.Tensor:  # and not a fake one of a tracer
+                cache[layer] = (key, state), storages, scale
         return scale
-    scale = compute()
-    with suppress(RuntimeError):  # torch.func may have made it
-        # weak references keep no memory, and an address belongs to no other storage while they are valid
-        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*tensors, scale)]
-        if type(scale) is torch.Tensor:  # and not a fake one of a tracer
-            cache[layer] = (key, state), storages, scale
-    return scale
+
+    return cached_compute
 
 
 def _stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -29,7 +29,6 @@ from .config import AdaLoraConfig
 from .layer import AdaLoraLayer
 from .model import AdaLoraModel
 from .parameter_names import adapted_layers
-from .quantized import upcast_magnitudes
 from .resume import InCheckpoint, ResumableCallback, trained_ranknum
 from .sharding import FSDP1_MESSAGE, gather_full
 from .unfinished_checkpoints import set_aside_unfinished_checkpoints
@@ -113,6 +112,27 @@ class AdaLoraCallback(ResumableCallback):
             metrics = _metrics(self.tuner, state.global_step - 1)
             logs.update(metrics)
             state.log_history[-1].update(metrics)
+
+
+@torch.no_grad()
+def upcast_magnitudes(module: torch.nn.Module) -> None:
+    """
+    Make magnitudes over a quantized weight float32 that were cast to a low precision, in which the steps of an
+    optimizer are lost. TRL's trainers cast them (https://github.com/huggingface/trl/issues/7268). Warn if they had
+    learned, because the cast has rounded that.
+    """
+    is_quantized = getattr(module, "quantization_backend", None) is not None
+    for magnitude in getattr(module, "lora_magnitude", torch.nn.ParameterDict()).values() if is_quantized else ():
+        if magnitude.dtype.itemsize < 4:
+            norm = base_row_norm(module)
+            # If the cast value equals the rounded initial norm, restore that norm exactly.
+            is_rounded = norm.to(magnitude.dtype) == magnitude
+            if not is_rounded.all():
+                warnings.warn(
+                    f"Magnitudes that had been trained were cast to {magnitude.dtype}, which rounded them; load the "
+                    "adapter's weights again after the Trainer is made, with `set_peft_model_state_dict`."
+                )
+            magnitude.data = torch.where(is_rounded, norm, magnitude.float())
 
 
 def _tuner_of(model: torch.nn.Module) -> AdaLoraModel | SimpleNamespace:

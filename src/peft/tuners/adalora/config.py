@@ -15,26 +15,16 @@
 """PEFT's AdaLoRA configuration with AdaDoRA's flag."""
 
 from dataclasses import InitVar, dataclass, field
-from pathlib import Path
 from typing import Any, Optional
 
 from . import stock_config as stock
-
-
-CARD_SECTION = """## AdaDoRA
-
-This adapter needs PEFT with AdaDoRA (the package `peft-adadora`). To use it elsewhere, merge it first:
-
-```python
-model = PeftModel.from_pretrained(base_model, "path/or/name/of/this/adapter").merge_and_unload()
-model.save_pretrained("merged")
-```"""
+from .model_card import add_card_section
 
 
 @dataclass
 class AdaLoraConfig(stock.AdaLoraConfig):
     """
-    PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. It adds one argument to the `AdaLoraConfig` of the
+    PEFT's configuration of an [`AdaLoraModel`], with AdaDoRA. It adds two arguments to the `AdaLoraConfig` of the
     installed PEFT.
 
     Args:
@@ -61,8 +51,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
     use_dora_adaptive: bool = field(
         default=False,
         metadata={
-            "help": "Use AdaDoRA: learn the length of each row of the adapted weight, as DoRA does, besides AdaLoRA's "
-            "prunable update. Such an adapter has to be the only active one, and cannot be unmerged once merged.",
+            "help": "Use AdaDoRA: besides AdaLoRA's update, learn the length of each row of the weight, as DoRA does.",
             "is_lora_variant": True,
         },
     )
@@ -92,11 +81,8 @@ class AdaLoraConfig(stock.AdaLoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's method. It also adds a section on AdaDoRA to PEFT's model card in the folder."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory, "README.md")
-        if self.use_dora_adaptive and card.is_file():
-            text = card.read_text(encoding="utf-8")
-            if "library_name: peft" in text and CARD_SECTION not in text:
-                card.write_text(f"{text.rstrip()}\n\n{CARD_SECTION}\n", encoding="utf-8")
+        if self.use_dora_adaptive:
+            add_card_section(save_directory)
 
     def to_dict(self) -> dict[str, Any]:
         """

@@ -21,6 +21,7 @@ from typing import Any, Optional
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -29,12 +30,13 @@ from .allocator import RankAllocator
 from .base_weight import onloaded
 from .cache import invalidate
 from .config import AdaLoraConfig
+from .conv2d import AdaDoraConv2dVariant
 from .merging import adapter_to_merge, merge_adapter
-from .quantized import resolve_backend
+from .quantized import get_quantized_rows, resolve_backend
 from .rows import norm_dtype
+from .sharding import gather_full
 from .supported_layers import check_magnitude_support
-from .validation import check_sole_adapter
-from .variants import AdaDoraConv2dVariant, AdaDoraLinearVariant
+from .variants import AdaDoraLinearVariant, check_sole_adapter
 
 
 # PEFT has the allocator in this module
@@ -82,7 +84,7 @@ class AdaLoraLayer(stock.AdaLoraLayer):
                 self.lora_magnitude[adapter_name] = _on_device(learned, self.lora_E[adapter_name].device)
         if config.use_dora_adaptive:
             # not `resolve_lora_variant`, which refuses options of LoRA's other variants that AdaLoRA does not read
-            self.lora_variant[adapter_name] = self.lora_variants["use_dora_adaptive",]
+            self.lora_variant[adapter_name] = self.lora_variants["use_dora_adaptive",]()
             self.ranknum[adapter_name].requires_grad_(False)
             if learned is None:
                 self.lora_variant[adapter_name].init(self, adapter_name)
@@ -110,6 +112,14 @@ class AdaLoraLayer(stock.AdaLoraLayer):
         names = [name for name in dict.fromkeys(adapter_names) if name in self.lora_A]
         check_sole_adapter(names, self.lora_magnitude)
         return names[0] if names and names[0] in self.lora_magnitude else None
+
+    def get_base_rows(self) -> torch.Tensor:
+        """W as a matrix (out, in), detached. If W is quantized, an object that gives its rows block by block."""
+        base_layer = self.get_base_layer()
+        if self.quantization_backend is not None:
+            return get_quantized_rows(self.quantization_backend, base_layer)
+        weight = gather_full(base_layer.weight)
+        return weight.T if isinstance(base_layer, Conv1D) else weight.flatten(1)
 
     def update_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A, c · E and B of the update ΔW = B (c · E ⊙ A), c · E in float32 at least."""

@@ -57,30 +57,19 @@ def adapter_to_merge(layer: nn.Module, adapter_names: Optional[list[str]]) -> Op
 
 def merge_adapter(layer: nn.Module, adapter_name: str, safe_merge: bool) -> None:
     """
-    Merge an AdaDoRA adapter into its base weight, in place unless the weight is quantized, sharded, or a part of a
-    larger tensor. Raises as [`safe_merged`].
+    Merge an AdaDoRA adapter into its base weight. This happens in place, unless the weight is quantized, sharded, or a
+    part of a larger tensor. Raises as `merge_safe` of [`AdaDoraLinearVariant`].
     """
     parts = (layer.lora_A, layer.lora_E, layer.lora_B, layer.lora_magnitude)
     with gather_params_ctx([layer.get_base_layer().weight, *(part[adapter_name] for part in parts)]):
+        weight, variant = base_weight(layer), layer.lora_variant[adapter_name]
         if safe_merge:
-            merged = safe_merged(layer, adapter_name)
-        elif fills_storage(merged := base_weight(layer)):
-            layer.lora_variant[adapter_name].merge_unsafe(layer, adapter_name, merged)
+            weight = variant.merge_safe(layer, adapter_name, weight)
         else:
-            merged = layer.lora_variant[adapter_name].merge_safe(layer, adapter_name, merged)
-        overwrite_base_weight(layer, merged)
+            weight = weight if fills_storage(weight) else weight.detach().clone()
+            variant.merge_unsafe(layer, adapter_name, weight)
+        overwrite_base_weight(layer, weight)
     layer.merged_adapters.append(adapter_name)
-
-
-def safe_merged(layer: nn.Module, adapter_name: str) -> torch.Tensor:
-    """The merged weight, dequantized, before it is stored. Raises a `ValueError` if it is not finite."""
-    merged = layer.lora_variant[adapter_name].merge_safe(layer, adapter_name, base_weight(layer))
-    if not torch.isfinite(merged).all():
-        raise ValueError(
-            f"The merged weight of adapter {adapter_name!r} is not finite, so the adapter seems to be broken; "
-            "nothing was merged."
-        )
-    return merged
 
 
 def check_merge(
@@ -91,7 +80,7 @@ def check_merge(
     check_not_tied(model, list(to_merge))
     for layer, adapter_name in to_merge.items() if safe_merge else ():
         with onloaded(layer.get_base_layer()):
-            safe_merged(layer, adapter_name)
+            layer.lora_variant[adapter_name].merge_safe(layer, adapter_name, base_weight(layer))
 
 
 @torch.no_grad()

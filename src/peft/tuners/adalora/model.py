@@ -38,7 +38,8 @@ from .quantized import learn_how_to_quantize
 from .regularization import add_orthogonality_loss, factors_to_orthogonalize, orthogonalize_
 from .sharding import is_sharded
 from .supported_layers import avoid_fast_path, check_targets
-from .validation import check_allocation, check_name, check_options, check_sole_adapter
+from .validation import check_allocation, check_name, check_options
+from .variants import check_sole_adapter
 
 
 class AdaLoraModel(stock.AdaLoraModel):
@@ -125,8 +126,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         learn_how_to_quantize(model, self._layers())
         if config.use_dora_adaptive:
             avoid_fast_path(model)
-        if config.use_dora_adaptive and hasattr(model, "add_model_tags"):
-            model.add_model_tags("adadora")  # for the model card that PEFT writes
+            if hasattr(model, "add_model_tags"):
+                model.add_model_tags("adadora")  # for the model card that PEFT writes
         if not config.inference_mode:
             # PEFT's __init__ does so for the first adapter alone
             self.trainable_adapter_name = adapter_name

@@ -19,8 +19,8 @@ by one.
 """
 
 import copy
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -36,8 +36,6 @@ from peft.utils.quantization_utils import (
     resolve_quantization_backend,
 )
 
-from .base_weight import base_row_norm
-from .rows import Rows
 from .sharding import gather_full
 
 
@@ -69,25 +67,23 @@ def learn_how_to_quantize(model: nn.Module, layers: Iterable[nn.Module]) -> None
             layer.quantization_backend.get_apply_tensor_subclass = how
 
 
-@torch.no_grad()
-def upcast_magnitudes(module: nn.Module) -> None:
-    """
-    Make magnitudes over a quantized weight float32 that were cast to a low precision, in which the steps of an
-    optimizer are lost. TRL's trainers cast them (https://github.com/huggingface/trl/issues/7268). Warn if they had
-    learned, because the cast has rounded that.
-    """
-    is_quantized = getattr(module, "quantization_backend", None) is not None
-    for magnitude in getattr(module, "lora_magnitude", nn.ParameterDict()).values() if is_quantized else ():
-        if magnitude.dtype.itemsize < 4:
-            norm = base_row_norm(module)
-            # If the cast value equals the rounded initial norm, restore that norm exactly.
-            is_rounded = norm.to(magnitude.dtype) == magnitude
-            if not is_rounded.all():
-                warnings.warn(
-                    f"Magnitudes that had been trained were cast to {magnitude.dtype}, which rounded them; load the "
-                    "adapter's weights again after the Trainer is made, with `set_peft_model_state_dict`."
-                )
-            magnitude.data = torch.where(is_rounded, norm, magnitude.float())
+@dataclass
+class Rows:
+    """A quantized weight of `shape` (out, in), on `device`. `rows[start:stop]` are `dequantize(start, stop)`."""
+
+    shape: torch.Size
+    dtype: torch.dtype  # of the dequantized values
+    device: torch.device
+    dequantize: Callable[[int, int], torch.Tensor]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        return self.dequantize(start, stop)
+
+
+def get_quantized_rows(backend: QuantizationBackend, base_layer: nn.Module) -> torch.Tensor | Rows:
+    """The rows of a quantized weight block by block, or all of them if the backend dequantizes it all at once."""
+    return getattr(backend, "get_base_rows", backend.get_base_weight)(base_layer)
 
 
 class RowsOf8bit(Bnb8bitBackend):

@@ -12,18 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Products and norms of a frozen weight in float32, without a float32 copy of the whole weight.
+"""Products and norms of a frozen weight in float32 or float64, without such a copy of the whole weight."""
 
-On a CPU, and for quantized weights, one block of rows at a time is converted, and both come from it. CUDA multiplies
-bfloat16 and float16 into float32 itself.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from .low_precision import matmul_into_float32, multiplies_into_float32
 
 
 # The most elements of a weight to convert at a time: on a CPU, and on devices where kernel launches cost time.
@@ -32,38 +29,13 @@ BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS = 2**20, 2**24
 # A CPU multiplies fastest by a multiple of this many columns: 16 columns take two thirds of the time of 12.
 PRODUCT_COLUMNS = 16
 
-# Whether `torch.mm` takes `out_dtype` on CUDA, also when compiled.
-HAS_FLOAT32_RESULT = torch.__version__ >= (2, 10) and torch.version.hip is None
 
-# Bit masks for float32: the exponent, and the leading bits that a lower dtype can represent.
-EXPONENT_BITS = 0x7F800000
-LEADING_BITS = {torch.bfloat16: -(2**16), torch.float16: -(2**13)}
-
-
-@dataclass
-class Rows:
-    """A quantized weight of `shape` (out, in) on `device`. `rows[start:stop]` returns `dequantize(start, stop)`."""
-
-    shape: torch.Size
-    dtype: torch.dtype  # of the dequantized values
-    device: torch.device
-    dequantize: Callable[[int, int], torch.Tensor]
-
-    def __getitem__(self, rows: slice) -> torch.Tensor:
-        start, stop, _ = rows.indices(self.shape[0])
-        return self.dequantize(start, stop)
-
-
-def row_blocks(weight: torch.Tensor | Rows) -> Iterator[slice]:
-    """
-    Slices that cut the rows of `weight` (out, in) into at least eight blocks. A block has at most `BLOCK_ELEMENTS`
-    elements on a CPU and `DEVICE_BLOCK_ELEMENTS` elsewhere.
-    """
+def row_blocks(weight: torch.Tensor) -> list[slice]:
+    """Slices that cut the rows of a weight (out, in) into blocks of limited size, at least eight."""
     out_features, in_features = weight.shape
     elements = BLOCK_ELEMENTS if weight.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
     rows = max(1, min(elements // max(1, in_features), -(-out_features // 8)))
-    for start in range(0, out_features, rows):
-        yield slice(start, start + rows)
+    return [slice(start, start + rows) for start in range(0, out_features, rows)]
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,13 +45,12 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """A context in which autocast does not lower the precision of matrix products on `device`."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    is_available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if is_available else nullcontext()
 
 
-def blockwise(weight: torch.Tensor | Rows) -> Iterator[torch.Tensor]:
-    """The rows of a weight in the dtype of its norm: block by block, or all at once if it has that dtype."""
+def blockwise(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows of a weight in the dtype of its norm: one block after the other, or all at once if nothing converts."""
     dtype = norm_dtype(weight.dtype)
     if isinstance(weight, torch.Tensor) and weight.dtype == dtype:
         yield weight
@@ -88,56 +59,19 @@ def blockwise(weight: torch.Tensor | Rows) -> Iterator[torch.Tensor]:
             yield weight[rows].to(dtype)
 
 
-def multiplies_into_float32(weight: torch.Tensor | Rows) -> bool:
-    """Whether the device can multiply matrices of the weight's dtype into a float32 result directly."""
-    is_low = weight.dtype in (torch.bfloat16, torch.float16)
-    return is_low and HAS_FLOAT32_RESULT and weight.device.type in ("cuda", "meta")
-
-
-def row_norm(weight: torch.Tensor | Rows) -> torch.Tensor:
+def row_norm(weight: torch.Tensor) -> torch.Tensor:
     """‖W‖ of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
     if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # its kernel converts
         return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=norm_dtype(weight.dtype))
     return _cat([torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in blockwise(weight)])
 
 
-def powers_of_two(matrix: torch.Tensor) -> torch.Tensor:
-    """
-    The largest power of two (r, 1) up to the largest absolute entry of each row of a float32 matrix (r, in). It is
-    2⁻¹²⁶ for a row of zeros, and infinity for a row with an entry that is not finite.
-    """
-    largest = torch.linalg.vector_norm(matrix, torch.inf, dim=1, keepdim=True)
-    return (largest.view(torch.int32) & EXPONENT_BITS).view(matrix.dtype).clamp_min(torch.finfo(matrix.dtype).tiny)
-
-
-def split_rows(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """
-    Split a float32 matrix (r, in) into a high and a low part (2r, in) in bfloat16 or float16, whose sum is the matrix.
-
-    The high part keeps the leading bits, so its conversion is exact. Rounding to `dtype` and back fails under
-    `torch.compile`: Inductor skips this round trip in a fused kernel, so the low part would be zero.
-    """
-    high = (matrix.view(torch.int32) & LEADING_BITS[dtype]).view(matrix.dtype)
-    return torch.cat([high, matrix - high]).to(dtype)
-
-
-def matmul_rows(weight: torch.Tensor | Rows, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    W Rᵀ (out, r) and ‖W‖ of each row (out, 1), in the dtype of the norm of W.
-
-    Args:
-        weight (`torch.Tensor` or [`Rows`]): W (out, in) of any floating point dtype.
-        right (`torch.Tensor`): R (r, in), a constant in the dtype of the norm of W.
-    """
+def matmul_rows(weight: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W Rᵀ (out, r) and [`row_norm`] of W, given R (r, in), a constant in the dtype of the norm."""
     rank = len(right)
     if multiplies_into_float32(weight):
         rows = weight[:]
-        # float16 needs entries near 1; bfloat16 has the exponents of float32
-        scale = powers_of_two(right) if weight.dtype == torch.float16 else None
-        parts = split_rows(right if scale is None else right / scale, weight.dtype)
-        products = torch.mm(rows, parts.T, out_dtype=right.dtype)
-        product = products[:, :rank] + products[:, rank:]
-        return product if scale is None else product * scale.T, row_norm(rows)
+        return matmul_into_float32(rows, right), row_norm(rows)
     pads = weight.device.type == "cpu" and rank > 4
     padded = nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS)) if pads else right
     products, norms = zip(*((rows @ padded.T, row_norm(rows)) for rows in blockwise(weight)))

@@ -17,7 +17,6 @@
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Container
 from typing import Any
 
 import torch
@@ -57,16 +56,6 @@ def check_name(adapter_name: str) -> None:
             f"An adapter cannot be called {adapter_name!r}, which torch does not allow as the name of a parameter; "
             "choose another name."
         )
-
-
-def check_sole_adapter(adapter_names: str | list[str], adadora_adapters: Container[str]) -> None:
-    """Raise a `NotImplementedError` if there are several adapters and one of them is AdaDoRA."""
-    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    for name in names if len(names) > 1 else ():
-        if name in adadora_adapters:
-            raise NotImplementedError(
-                f"The AdaDoRA adapter {name!r} has to be the only active adapter but got {names}; choose one of them."
-            )
 
 
 def check_options(config: AdaLoraConfig, adapter_name: str) -> None:

@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..adalora.layer import AdaLoraLayer
 from ..adalora.merging import check_merge
 from ..adalora.supported_layers import avoid_fast_path
-from ..adalora.validation import check_sole_adapter
+from ..adalora.variants import check_sole_adapter
 from . import stock_model as stock
 from .stock_model import *
 
