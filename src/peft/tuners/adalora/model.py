@@ -192,9 +192,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         """
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
-        factors = None
-        if config.orth_reg_decoupled and config.orth_reg_weight:
-            factors = factors_to_orthogonalize(self.model, self.trainable_adapter_name, optimizer)
+        factors = factors_to_orthogonalize(self.model, self.trainable_adapter_name, config, optimizer)
         last = config.total_step - config.tfinal
         if global_step > last:
             config.rank_pattern = self.rankallocator.kept or config.rank_pattern
@@ -203,8 +201,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         stock.AdaLoraModel.update_and_allocate(self, global_step)
         if optimizer is not None:
             self.rankallocator.mask_other_weights(self.model, optimizer)
-        if factors is not None:
-            orthogonalize_(factors, config.orth_reg_weight)
+        orthogonalize_(factors, config.orth_reg_weight)
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str

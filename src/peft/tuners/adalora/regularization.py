@@ -21,6 +21,7 @@ from typing import Any, Optional
 import torch
 from torch import nn
 
+from .config import AdaLoraConfig
 from .parameter_names import adapted_layers
 from .rows import norm_dtype
 from .sharding import check_not_flattened, has_master_copy, is_sharded, layout, local_part, sum_over_shards
@@ -121,15 +122,18 @@ def products_of_shards(stacks: dict[tuple, torch.Tensor], mesh: Any, placements:
 
 
 def factors_to_orthogonalize(
-    model: nn.Module, adapter_name: str, optimizer: Optional[torch.optim.Optimizer]
+    model: nn.Module, adapter_name: str, config: AdaLoraConfig, optimizer: Optional[torch.optim.Optimizer]
 ) -> list[tuple[Factor, Any]]:
     """
-    A and B of all layers that an optimizer trains, each with its learning rate, for [`orthogonalize_`].
+    A and B of all layers that an optimizer trains, each with its learning rate, for [`orthogonalize_`]. None if the
+    config does not decouple the regularization, or gives it no weight.
 
     Raises:
         `ValueError`: If there is no optimizer, or if it trains none of the factors.
         `NotImplementedError`: With DeepSpeed, which trains copies of the factors.
     """
+    if not config.orth_reg_decoupled or not config.orth_reg_weight:
+        return []
     rates = {param: group["lr"] for group in getattr(optimizer, "param_groups", ()) for param in group["params"]}
     factors = factors_of(adapted_layers(model, adapter_name).values(), adapter_name)
     if any(has_master_copy(factor) for factor, _ in factors):
@@ -161,6 +165,8 @@ def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float) -> None:
         trained (`list[tuple[Factor, Any]]`): What [`factors_to_orthogonalize`] has returned.
         weight (`float`): `orth_reg_weight` of the config.
     """
+    if not trained:
+        return
     factors = [factor for (factor, _), _ in trained]
     leaves = [factor.detach().to(norm_dtype(factor.dtype)).requires_grad_() for factor in factors]
     with torch.enable_grad():
