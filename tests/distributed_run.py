@@ -147,7 +147,13 @@ SMALL_NETS = {
     "one unit": {"sizes": SIZES, "by_layer": False},
     "a layer that is not sharded": {"sizes": SIZES, "left_out": 1},
     "resumed": {"sizes": SIZES, "resumes": True},
-    "decoupled regularization": {"sizes": SIZES, "orth_reg_decoupled": True, "orth_reg_weight": 3.0},
+    "decoupled regularization": {
+        "sizes": SIZES,
+        "dtype": torch.float64,
+        "use_dora_adaptive": False,
+        "orth_reg_decoupled": True,
+        "orth_reg_weight": 3.0,
+    },
     "decoupled, sharded columns": {"sizes": [8, 12, 4], "dim": 1, "orth_reg_decoupled": True, "orth_reg_weight": 3.0},
 }
 

@@ -186,8 +186,8 @@ class AdaLoraModel(stock.AdaLoraModel):
     def update_and_allocate(self, global_step: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
         """
         PEFT's method, for the step `global_step`, counted from 0, after the optimizer's step. Pass the optimizer if
-        the regularization is decoupled, or if it keeps further weights, as schedule-free ones do. Raises a
-        `ValueError` without a gradient, and as [`check_allocation`] and [`factors_to_orthogonalize`], before any change.
+        the regularization is decoupled, or if it keeps further weights, as schedule-free ones do. Raises, before any
+        change, a `ValueError` without a gradient, and as [`check_allocation`] and [`factors_to_orthogonalize`].
         """
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
