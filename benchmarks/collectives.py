@@ -243,9 +243,9 @@ def tables(settings: Settings) -> Iterator[Table]:
         "Collectives of a training step under FSDP2, counted and not timed",
         rows,
         f"All linear layers of all blocks at rank {RANK}, each block a unit, without embedding and head. Bytes "
-        "count the largest tensor of each collective. `reads` is how often the host reads a value in an "
-        "allocation, `state` the averages of the allocator on the first process, which has the most. Price of a "
-        f"collective: {'; '.join(prices)}.",
+        "count the largest tensor of each collective. `reads` is how often the host reads a value in an allocation, "
+        "beside the transfer of all scores. `state` is the averages on the first process, which has the most. Price "
+        f"of a collective: {'; '.join(prices)}.",
     )
 
 

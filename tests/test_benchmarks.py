@@ -364,7 +364,7 @@ class TestCollectives:
         (table,) = bench.collectives.tables(settings)
         return {row["method"]: row for row in table.rows}
 
-    def test_adadora_adds_five_to_the_gathers_and_scatters_of_lora(self, rows):
+    def test_adadora_adds_five_collectives_to_those_of_lora(self, rows):
         lora, adadora = rows["LoRA"], rows["AdaDoRA"]
         # a gather in each pass and a scatter for each of 4 blocks, and a gather of what is left of the model
         assert lora["forward and backward"] == adadora["forward and backward"] == 4 * 3 + 1
