@@ -422,6 +422,21 @@ def tables(plan: Plan, log: Log) -> list[Table]:
     if plan.regularized:
         result += [
             Table(
+                "decoupled-tasks",
+                "AdaDoRA with the decoupled regularization, over tasks",
+                summary_rows(
+                    log,
+                    {
+                        f"{ADADORA} − {name}": pairs(
+                            plan, log, (*plan.regularized, *plan.weighed), (ADADORA, DECOUPLED), (name, None)
+                        )
+                        for name in REFERENCES
+                    },
+                ),
+                f"50 training examples, 200 for digits. {' and '.join(cell.task for cell in plan.weighed)} had a part "
+                "in the choice of the weight.",
+            ),
+            Table(
                 "decoupled",
                 "AdaDoRA with the decoupled regularization",
                 [
