@@ -355,14 +355,16 @@ class TestLaunches:
         assert ours["forward"] == stock["forward"]
 
 
+@pytest.fixture(scope="module")
+def rows(bench):
+    """What the section of collectives counts for each method."""
+    settings = bench.settings.Settings(CPU, 1, quick=True, latency_us=10.0, bandwidth_gbs=1.0)
+    (table,) = bench.collectives.tables(settings)
+    return {row["method"]: row for row in table.rows}
+
+
 class TestCollectives:
     """The counts are exact, so these hold what a training step asks of a network."""
-
-    @pytest.fixture(scope="class")
-    def rows(self, bench):
-        settings = bench.settings.Settings(CPU, 1, quick=True, latency_us=10.0, bandwidth_gbs=1.0)
-        (table,) = bench.collectives.tables(settings)
-        return {row["method"]: row for row in table.rows}
 
     def test_adadora_adds_five_collectives_to_those_of_lora(self, rows):
         lora, adadora = rows["LoRA"], rows["AdaDoRA"]

@@ -61,18 +61,18 @@ def gather_partitioned(tensor: torch.Tensor) -> torch.Tensor:
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
-    return tensor.detach()
+    return tensor
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that may be sharded or partitioned. Every process has to call this."""
-    tensor = gather_partitioned(tensor)
+    tensor = gather_partitioned(tensor).detach()
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The shard of this process of a DTensor. All of another tensor, as of [`gather_full`]."""
-    return tensor.to_local().detach() if is_sharded(tensor) else gather_partitioned(tensor)
+    """The shard of this process of a DTensor. All of another tensor, as of [`gather_partitioned`]."""
+    return tensor.to_local() if is_sharded(tensor) else gather_partitioned(tensor)
 
 
 def layout(tensor: torch.Tensor) -> Optional[tuple[Any, tuple]]:
