@@ -17,6 +17,7 @@
 import warnings
 from collections import defaultdict
 from contextlib import suppress
+from itertools import chain
 from typing import Optional
 
 import torch
@@ -24,7 +25,7 @@ from torch import nn
 
 from . import sharding
 from . import stock_layer as stock
-from .importance import all_finite, flat, keep_most_important, kept_triplets, triplet_scores, update_scores_
+from .importance import all_finite, keep_most_important, kept_triplets, triplet_scores, update_scores_
 from .parameter_names import FACTORS, adapted_layers, layer_of_E
 from .validation import warn_of_uncalled_layers
 
@@ -114,10 +115,11 @@ class RankAllocator(stock.RankAllocator):
         for name, value in values.items():
             groups[value.device, value.dtype].append(name)
         for names in groups.values():
-            slopes = (torch.zeros_like(values[name]) if gradients[name] is None else gradients[name] for name in names)
-            importance[tuple(names)] = (flat(values[name] for name in names) * flat(slopes)).abs_()
+            slopes = [torch.zeros_like(values[name]) if gradients[name] is None else gradients[name] for name in names]
+            local = ([sharding.local_part(tensor) for tensor in each] for each in (map(values.get, names), slopes))
+            importance[tuple(names)] = torch._foreach_abs(torch._foreach_mul(*local))
         others = [param.grad for param in model.parameters() if param.grad is not None and not param.grad.is_sparse]
-        finite = all_finite([*others, *importance.values()])
+        finite = all_finite([*others, *chain(*importance.values())])
         seen = self._has_seen_finite if self.exp_avg_ipt else False
         self._has_seen_finite = True if seen is True else finite | seen
         for names, new in importance.items():

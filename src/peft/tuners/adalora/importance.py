@@ -43,25 +43,32 @@ def all_finite(tensors: Tensors) -> torch.Tensor:
 
 
 def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """All entries of tensors that this process holds."""
-    return torch.cat([local_part(tensor).reshape(-1) for tensor in tensors])
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def update_scores_(
-    scores: Sequence[Tensors], importance: torch.Tensor, finite: torch.Tensor, beta1: float, beta2: float
+    scores: Sequence[Tensors], importance: Tensors, finite: torch.Tensor, beta1: float, beta2: float
 ) -> None:
     """
     One step, if the gradients are finite, of the importance |w · ∂L/∂w| of each entry and of the exponential moving
     averages of it and of its deviation from the average. `scores` has the tensors of each of the three, `importance`
-    the new entries, [`flat`].
+    the new ones.
     """
-    before = [flat(tensors) for tensors in scores]
+    host_knows = finite.device.type == "cpu"
+    if host_knows and not finite:
+        return
     # a multiplication and an addition each, so that they round as PEFT's do: `lerp` would fuse them
-    average = before[1] * beta1 + importance * (1 - beta1)
-    uncertainty = before[2] * beta2 + (importance - average).abs_() * (1 - beta2)
-    for tensors, old, new in zip(scores, before, (importance, average, uncertainty)):
-        chosen = torch.where(finite.to(new.device), new, old).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(chosen, tensors)])
+    average = torch._foreach_mul(scores[1], beta1)
+    torch._foreach_add_(average, torch._foreach_mul(importance, 1 - beta1))
+    change = torch._foreach_sub(importance, average)
+    torch._foreach_abs_(change)
+    uncertainty = torch._foreach_mul(scores[2], beta2)
+    torch._foreach_add_(uncertainty, torch._foreach_mul(change, 1 - beta2))
+    for old, new in zip(scores, (importance, average, uncertainty)):
+        if not host_knows:
+            chosen = torch.where(finite.to(new[0].device), flat(new), flat(old))
+            new = [part.view_as(tensor) for part, tensor in zip(chosen.split([tensor.numel() for tensor in old]), old)]
+        torch._foreach_copy_(old, new)
 
 
 def mean_products(factors: Sequence[Tensors], dims: Sequence[int]) -> Tensors:
