@@ -23,10 +23,10 @@ from torch import nn
 from .low_precision import matmul_into_float32, multiplies_into_float32
 
 
-# The most elements of a weight to convert at a time: on a CPU, and on devices where kernel launches cost time.
+# The largest number of elements of a weight to convert at a time: on a CPU, and where kernel launches count.
 BLOCK_ELEMENTS, DEVICE_BLOCK_ELEMENTS = 2**20, 2**24
 
-# A CPU multiplies fastest by a multiple of this many columns: 16 columns take two thirds of the time of 12.
+# A CPU multiplies faster by a multiple of this many columns: by 16 columns in two thirds of the time of 12.
 PRODUCT_COLUMNS = 16
 
 
@@ -61,7 +61,7 @@ def blockwise(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def row_norm(weight: torch.Tensor) -> torch.Tensor:
     """‖W‖ of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
-    if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # its kernel converts
+    if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # converts in its kernel
         return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=norm_dtype(weight.dtype))
     return _cat([torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in blockwise(weight)])
 
@@ -79,5 +79,5 @@ def matmul_rows(weight: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _cat(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The blocks as one tensor, without a copy if there is only one."""
+    """The blocks as one tensor, without a copy if there is one alone."""
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
