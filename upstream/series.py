@@ -338,13 +338,13 @@ def update(folder: Path) -> None:
     """
     before, after, ours = folder / "before", folder / "after", folder / "ours"
     if not folder.exists():
-        installed(before)
-        add_patches(before, patches()[:-2])
         for path in our_modules():
             if path not in new_modules():
                 (ours / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / path, ours / path)
         try:
+            installed(before)
+            add_patches(before, patches()[:-2])
             merge_all(ours, before, after)
         except SystemExit:
             shutil.rmtree(folder)
