@@ -155,6 +155,7 @@ class TestPlan:
             loraplus=quick.cells[:1],
             short=(replace(quick.cells[0], steps=15),),
             judged=quick.cells[1:],
+            decoupled=quick.cells[:1],
             regularized=quick.cells[:1],
         )
         log = {}

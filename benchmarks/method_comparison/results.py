@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ablations import ABLATIONS, ADAPTER, DECOUPLED, LORAPLUS, LORAPLUS_RATIO, SLOW_START, TUNED, layers
 from counters import peak_bytes
-from plan import LORAPLUS_SEEDS, OTHER_REGULARIZATIONS, RANK, Candidate, Cell, Log, Plan
+from plan import CHOSEN_ON, LORAPLUS_SEEDS, OTHER_REGULARIZATIONS, RANK, Candidate, Cell, Log, Plan
 from report import Table
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run, Training
 
@@ -427,25 +427,17 @@ def tables(plan: Plan, log: Log) -> list[Table]:
                 summary_rows(
                     log,
                     {
-                        f"{ADADORA} − {name}": pairs(
-                            plan, log, (*plan.regularized, *plan.weighed), (ADADORA, DECOUPLED), (name, None)
-                        )
+                        f"{ADADORA} − {name}": pairs(plan, log, plan.decoupled, (ADADORA, DECOUPLED), (name, None))
                         for name in REFERENCES
                     },
                 ),
-                f"50 training examples, 200 for digits. {' and '.join(cell.task for cell in plan.weighed)} had a part "
-                "in the choice of the weight.",
+                f"50 training examples. The weight of 10 was chosen on {CHOSEN_ON}.",
             ),
             Table(
                 "decoupled",
                 "AdaDoRA with the decoupled regularization",
-                [
-                    decoupled_row(plan, log, cell, rank)
-                    for cell in (*plan.regularized, *plan.weighed)
-                    for rank in cell.ranks
-                ],
-                f"With a weight of 10, which was chosen on {' and '.join(cell.task for cell in plan.weighed)}. It has "
-                "as many trials as a method.",
+                [decoupled_row(plan, log, cell, rank) for cell in plan.decoupled for rank in cell.ranks],
+                "It has as many trials as a method.",
             ),
             Table(
                 "gradients",
@@ -478,7 +470,7 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "Settings chosen",
             [chosen_row(plan, log, cell, method) for cell in plan.cells for method in METHODS]
             + [chosen_row(plan, log, cell, ADADORA, change) for cell in plan.judged for change in plan.mends(log)]
-            + [chosen_row(plan, log, cell, ADADORA, DECOUPLED) for cell in (*plan.regularized, *plan.weighed)],
+            + [chosen_row(plan, log, cell, ADADORA, DECOUPLED) for cell in plan.decoupled],
             f"Accuracy on the validation examples in per cent: of all trials at rank {RANK}, and of a second run of "
             "the best at the highest rank. The trials are learning rates of "
             f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, each with a scale of "
