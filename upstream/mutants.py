@@ -115,8 +115,8 @@ MUTANTS = [
         (
             Edit(
                 "allocator.py",
-                "finite = all_finite([*others, *importance.values()])",
-                "finite = torch.tensor(True)",
+                "finite = all_finite([*others, *chain(*importance.values())])",
+                "finite = True",
             ),
         ),
         "test_skipped_steps.py",

@@ -23,23 +23,23 @@ import torch
 
 from .parameter_names import DIM_OF_RANK, FACTORS
 from .rows import norm_dtype
-from .sharding import full_shape, is_sharded, layout, local_indices, local_part, sum_over_shards
+from .sharding import check_not_flattened, full_shape, is_sharded, layout, local_indices, local_part, sum_over_shards
 
 
 Tensors = list[torch.Tensor]
 
 
-def all_finite(tensors: Tensors) -> torch.Tensor:
+def all_finite(tensors: Tensors) -> torch.Tensor | bool:
     """
-    Whether no tensor has an entry that is infinite or NaN, as a tensor, so that the host need not wait. With DTensors,
-    every process has to call this.
+    Whether no tensor has an entry that is infinite or NaN: a tensor, so that the host need not wait for a device or
+    another process, or a bool if all tensors are on the host. With DTensors, every process has to call this.
     """
     local = [part for part in map(local_part, tensors) if part.numel()] or [torch.zeros(1)]
     largest = torch._foreach_norm(local, torch.inf)
     finite = torch.stack([norm.to(local[0].device, torch.float32) for norm in largest]).isfinite().all()
     for of_mesh in {tensor.device_mesh: layout(tensor) for tensor in tensors if is_sharded(tensor)}.values():
         finite = sum_over_shards([(~finite).int()], *of_mesh)[0] == 0
-    return finite
+    return finite if finite.device.type != "cpu" or any(map(is_sharded, tensors)) else bool(finite)
 
 
 def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -47,15 +47,14 @@ def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def update_scores_(
-    scores: Sequence[Tensors], importance: Tensors, finite: torch.Tensor, beta1: float, beta2: float
+    scores: Sequence[Tensors], importance: Tensors, finite: torch.Tensor | bool, beta1: float, beta2: float
 ) -> None:
     """
     One step, if the gradients are finite, of the importance |w · ∂L/∂w| of each entry and of the exponential moving
     averages of it and of its deviation from the average. `scores` has the tensors of each of the three, `importance`
     the new ones.
     """
-    host_knows = finite.device.type == "cpu"
-    if host_knows and not finite:
+    if finite is False:
         return
     # a multiplication and an addition each, so that they round as PEFT's do: `lerp` would fuse them
     average = torch._foreach_mul(scores[1], beta1)
@@ -65,7 +64,7 @@ def update_scores_(
     uncertainty = torch._foreach_mul(scores[2], beta2)
     torch._foreach_add_(uncertainty, torch._foreach_mul(change, 1 - beta2))
     for old, new in zip(scores, (importance, average, uncertainty)):
-        if not host_knows:
+        if finite is not True:
             chosen = torch.where(finite.to(new[0].device), flat(new), flat(old))
             new = [part.view_as(tensor) for part, tensor in zip(chosen.split([tensor.numel() for tensor in old]), old)]
         torch._foreach_copy_(old, new)
@@ -78,6 +77,7 @@ def mean_products(factors: Sequence[Tensors], dims: Sequence[int]) -> Tensors:
     """
     groups, parts, means = defaultdict(list), defaultdict(dict), {}
     for index, (matrix, dim) in enumerate(zip(factors[0], dims)):
+        check_not_flattened(matrix)
         groups[dim, full_shape(matrix), matrix.dtype, matrix.device, layout(matrix)].append(index)
     for (dim, shape, dtype, *_), indices in groups.items():
         products = torch.stack([local_part(factors[0][index]) for index in indices])
