@@ -251,7 +251,7 @@ def gradient_rows(run: Run) -> list[dict[str, Any]]:
                     "gradient of the term": f"{norms[1]:.1e}",
                     "term / loss": f"{norms[1] / norms[0]:.2g}" if norms[0] else "∞",
                     "mean norm of a row of A": f"{torch.cat([f.norm(dim=1) for f in factors[::2]]).mean():.2f}",
-                    "mean |E|": f"{torch.cat([layer.lora_E[ADAPTER] for layer in adapted]).abs().mean():.3f}",
+                    "mean absolute E": f"{torch.cat([layer.lora_E[ADAPTER] for layer in adapted]).abs().mean():.3f}",
                 }
             )
             training.model.train()
