@@ -94,6 +94,17 @@ class Regularization(Ablation):
         model.peft_config[ADAPTER].orth_reg_weight = self.weight
 
 
+class Decoupled(Ablation):
+    """The regularization is a step of its own after the optimizer's, not a term of the loss."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def change(self, model: PeftModel) -> None:
+        config = model.peft_config[ADAPTER]
+        config.orth_reg_decoupled, config.orth_reg_weight = True, self.weight
+
+
 class AllocationFirst(Ablation):
     allocates_first = True
 
@@ -231,4 +242,7 @@ SLOW_START = {
     "constant rank": ConstantRank(),
     "no regularization": Regularization(NO_REGULARIZATION),
 }
-ALL = ABLATIONS | LORAPLUS | SLOW_START
+DECOUPLED, WITHOUT = "decoupled regularization", "no regularization"
+# forms of the regularization; each has trials of its own
+REGULARIZATIONS = {DECOUPLED: Decoupled(10.0), WITHOUT: Regularization(NO_REGULARIZATION)}
+ALL = ABLATIONS | LORAPLUS | SLOW_START | REGULARIZATIONS

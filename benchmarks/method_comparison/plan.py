@@ -1,11 +1,11 @@
 """Which runs make the comparison, and what was recorded of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Optional
 
-from ablations import ABLATIONS, LORAPLUS, SLOW_START, TUNED
+from ablations import ABLATIONS, DECOUPLED, LORAPLUS, SLOW_START, TUNED, WITHOUT
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run
 
 
@@ -25,6 +25,8 @@ RANK = 4
 # LoRA+ tries the learning rates alone, and has more seeds, because its two groups may differ by little
 LORAPLUS_FINALISTS = 2
 LORAPLUS_SEEDS = 8
+# besides AdaDoRA's decoupled regularization; at one rank
+OTHER_REGULARIZATIONS = ((ADALORA, DECOUPLED), (ADADORA, WITHOUT))
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Plan:
         loraplus: The cells where the groups of LoRA+ are compared.
         short: The cells with few steps, where the changes of `SLOW_START` are compared.
         judged: The cells where the best of those changes are judged.
+        regularized: The cells where forms of the regularization are compared.
     """
 
     cells: tuple[Cell, ...]
@@ -82,6 +85,7 @@ class Plan:
     loraplus: tuple[Cell, ...] = ()
     short: tuple[Cell, ...] = ()
     judged: tuple[Cell, ...] = ()
+    regularized: tuple[Cell, ...] = ()
 
     def tuning(self, cell: Cell, method: str, ablation: Optional[str] = None) -> list[Run]:
         adaptive = method in (ADALORA, ADADORA)
@@ -145,12 +149,12 @@ class Plan:
         total = {name: sum(of_cell[name] for of_cell in scores) for name in SLOW_START}
         return list(dict.fromkeys(max(each, key=each.get) for each in (total, *scores)))
 
-    def choice(self, log: Log, cell: Cell, candidates: list[Candidate]) -> Iterator[list[Run]]:
+    def choice(self, log: Log, cell: Cell, candidates: Sequence[Candidate]) -> Iterator[list[Run]]:
         """The runs that the settings of methods and their changes are chosen by."""
         yield [run for candidate in candidates for run in self.tuning(cell, *candidate)]
         yield [runs[1] for candidate in candidates for runs in self.finalists(log, cell, *candidate)]
 
-    def comparison(self, log: Log, cell: Cell, candidates: list[Candidate]) -> Iterator[list[Run]]:
+    def comparison(self, log: Log, cell: Cell, candidates: Sequence[Candidate]) -> Iterator[list[Run]]:
         yield from self.choice(log, cell, candidates)
         yield [
             run
@@ -172,6 +176,9 @@ class Plan:
             yield from self.comparison(log, cell, candidates)
         for cell in self.judged:
             yield from self.comparison(log, cell, [(ADADORA, name) for name in self.mends(log)])
+        for cell in self.regularized:
+            yield from self.comparison(log, cell, [(ADADORA, DECOUPLED)])
+            yield from self.comparison(log, replace(cell, ranks=(RANK,)), OTHER_REGULARIZATIONS)
         for cell in self.loraplus:
             yield [run for name in LORAPLUS for run in self.loraplus_trials(log, cell, name)]
             yield [runs[1] for name in LORAPLUS for runs in self.loraplus_finalists(log, cell, name)]
@@ -185,6 +192,7 @@ DIGITS = Cell("digits", 200, steps=100, ranks=RANKS, seeds=5)
 TWEETS = Cell("tweets", 50, steps=50, ranks=RANKS, seeds=5)
 SPEAKERS = Cell("speakers", 50, steps=50, ranks=RANKS, seeds=5)
 PARAPHRASES = Cell("paraphrases", 200, steps=100, ranks=RANKS, seeds=3)
+REVIEWS = Cell("reviews", 50, steps=50, ranks=RANKS, seeds=5)
 FULL = Plan(
     cells=(
         FEWEST,
@@ -197,6 +205,7 @@ FULL = Plan(
         Cell("speakers", None, steps=100, ranks=RANKS, seeds=3),
         PARAPHRASES,
         Cell("paraphrases", None, steps=100, ranks=RANKS, seeds=3),
+        REVIEWS,
     ),
     trials=TRIALS,
     ablated=ABLATED,
@@ -206,6 +215,8 @@ FULL = Plan(
         Cell("digits", 200, steps=50, ranks=(RANK,), seeds=5),
     ),
     judged=(TWEETS, SPEAKERS, PARAPHRASES),
+    # the weight was chosen on the last two
+    regularized=(REVIEWS, TWEETS, SPEAKERS, FEWEST, DIGITS),
 )
 QUICK = Plan(
     cells=(

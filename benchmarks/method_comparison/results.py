@@ -3,13 +3,14 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Optional
 
 import numpy as np
-from ablations import ABLATIONS, LORAPLUS, LORAPLUS_RATIO, SLOW_START, TUNED
+from ablations import ABLATIONS, DECOUPLED, LORAPLUS, LORAPLUS_RATIO, SLOW_START, TUNED
 from counters import peak_bytes
-from plan import LORAPLUS_SEEDS, RANK, Candidate, Cell, Log, Plan
+from plan import LORAPLUS_SEEDS, OTHER_REGULARIZATIONS, RANK, Candidate, Cell, Log, Plan
 from report import Table
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run, Training
 
@@ -176,6 +177,41 @@ def mended_rows(plan: Plan, log: Log, change: str) -> list[dict[str, Any]]:
     return [{"changed": change, **row} for row in summary_rows(log, columns)]
 
 
+def decoupled_row(plan: Plan, log: Log, cell: Cell, rank: int) -> dict[str, Any]:
+    """AdaDoRA with the decoupled regularization, and how much more accurate it is than the methods."""
+    runs = plan.compared(log, cell, ADADORA, rank, DECOUPLED)
+    references = {name: plan.compared(log, cell, name, rank) for name in (LORA, DORA, ADALORA, ADADORA)}
+    return {
+        **labels(cell),
+        "rank": rank,
+        "learning rate": f"{runs[0].lr:g}",
+        f"{LORA}'s": f"{references[LORA][0].lr:g}",
+        "accuracy": mean_and_deviation(log, runs),
+        **{f"− {name}": interval(difference(log, runs, reference)) for name, reference in references.items()},
+    }
+
+
+def regularization_rows(plan: Plan, log: Log, cell: Cell) -> list[dict[str, Any]]:
+    """AdaLoRA and AdaDoRA with each form of the regularization, at one rank."""
+    lora = plan.compared(log, cell, LORA, RANK)
+    rows = []
+    for method, name in ((ADALORA, None), (ADADORA, None), (ADADORA, DECOUPLED), *OTHER_REGULARIZATIONS):
+        where = replace(cell, ranks=(RANK,)) if (method, name) in OTHER_REGULARIZATIONS else cell
+        runs, term = plan.compared(log, where, method, RANK, name), plan.compared(log, cell, method, RANK)
+        rows.append(
+            {
+                **labels(cell),
+                "method": method,
+                "regularization": name or "term of the loss",
+                **settings(runs[0]),
+                "accuracy": mean_and_deviation(log, runs),
+                "more than with the term": interval(difference(log, runs, term)) if name else "",
+                f"more than {LORA}": interval(difference(log, runs, lora)),
+            }
+        )
+    return rows
+
+
 def equal_parameters_rows(plan: Plan, log: Log) -> list[dict[str, Any]]:
     runs = {
         method: plan.equal_parameters(log, method)
@@ -326,6 +362,21 @@ def tables(plan: Plan, log: Log) -> list[Table]:
                 "The first was best on average above, the others in one of the tasks. Each has trials of its own.",
             )
         )
+    if plan.regularized:
+        result += [
+            Table(
+                "decoupled",
+                "AdaDoRA with the decoupled regularization",
+                [decoupled_row(plan, log, cell, rank) for cell in plan.regularized for rank in cell.ranks],
+                "With a weight of 10, which was chosen on headlines and digits. It has as many trials as a method.",
+            ),
+            Table(
+                "regularizations",
+                "Forms of the regularization",
+                [row for cell in plan.regularized for row in regularization_rows(plan, log, cell)],
+                f"Rank {RANK}. Each form has as many trials as a method.",
+            ),
+        ]
     if plan.loraplus:
         result.append(
             Table(
@@ -343,7 +394,8 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "chosen",
             "Settings chosen",
             [chosen_row(plan, log, cell, method) for cell in plan.cells for method in METHODS]
-            + [chosen_row(plan, log, cell, ADADORA, change) for cell in plan.judged for change in plan.mends(log)],
+            + [chosen_row(plan, log, cell, ADADORA, change) for cell in plan.judged for change in plan.mends(log)]
+            + [chosen_row(plan, log, cell, ADADORA, DECOUPLED) for cell in plan.regularized],
             f"Accuracy on the validation examples in per cent: of all trials at rank {RANK}, and of a second run of "
             "the best at the highest rank. The trials are learning rates of "
             f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, each with a scale of "

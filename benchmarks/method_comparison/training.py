@@ -139,7 +139,7 @@ class Training:
 
     def allocate(self) -> None:
         if self.run.method in (ADALORA, ADADORA):
-            self.model.base_model.update_and_allocate(self.steps_done)
+            self.model.base_model.update_and_allocate(self.steps_done, self.optimizer)
             self.ablation.after_allocation(self.model)
 
     @torch.inference_mode()

@@ -43,9 +43,15 @@ class AdaLoraConfig(stock.AdaLoraConfig):
             learn the length of the row (its magnitude), as DoRA does (https://huggingface.co/papers/2402.09353).
             Pruning never touches the magnitudes. Such an adapter has to be the only active one, and once merged it
             cannot be unmerged. Defaults to `False`, which is plain AdaLoRA.
+        orth_reg_decoupled (`bool`):
+            Decouple AdaLoRA's orthogonality regularization from the loss, as AdamW decouples weight decay: after each
+            optimizer step `update_and_allocate(step, optimizer)` moves A and B towards orthogonality, by their
+            learning rate times `orth_reg_weight` (10 is a good weight; the formula is in `regularization.py`). The
+            loss is then the model's own. Defaults to `False`, which adds the term to the loss.
 
     Raises:
-        `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`; the rest as in the installed PEFT.
+        `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`, or if a decoupled regularization has a
+            negative weight; the rest as in the installed PEFT.
     """
 
     # No fields, so not saved. `AdaLoraCallback` sets this while the Trainer may write a checkpoint, which has pruned
@@ -61,6 +67,14 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         },
     )
 
+    orth_reg_decoupled: bool = field(
+        default=False,
+        metadata={
+            "help": "Move A and B towards orthogonality after each optimizer step, by their learning rate times "
+            "`orth_reg_weight` (10 is a good one), instead of adding a term to the loss."
+        },
+    )
+
     # adapters of the first release have it; it is neither read nor saved again
     weights_sha256: InitVar[Optional[str]] = None
 
@@ -71,6 +85,8 @@ class AdaLoraConfig(stock.AdaLoraConfig):
             raise ValueError(
                 "ADALORA does not support DoRA through `use_dora=True`; set `use_dora_adaptive=True` instead."
             )
+        if self.orth_reg_decoupled and self.orth_reg_weight < 0:
+            raise ValueError(f"`orth_reg_weight={self.orth_reg_weight}` is negative; set it to 0 or more.")
         super().__post_init__()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

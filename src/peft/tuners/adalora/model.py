@@ -35,7 +35,7 @@ from .layer import AdaLoraLayer, RankAllocator, preserve_requires_grad
 from .merging import check_merge
 from .parameter_names import adapted_layers, layer_of_E, unwrapped_name
 from .quantized import learn_how_to_quantize
-from .regularization import add_orthogonality_loss
+from .regularization import add_orthogonality_loss, factors_to_orthogonalize, orthogonalize_
 from .sharding import is_sharded
 from .supported_layers import avoid_fast_path, check_targets
 from .validation import check_allocation, check_name, check_options, check_sole_adapter
@@ -54,11 +54,11 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Adds the orthogonality term to the loss as PEFT does. For an AdaDoRA adapter only in training mode, and not
-        while the adapter is disabled or another one is active.
+        Adds the orthogonality term to the loss as PEFT does, unless it is decoupled. For an AdaDoRA adapter only in
+        training mode, and not while the adapter is disabled or another one is active.
         """
         adapter_name = self._adapter_in_training()
-        if adapter_name is None:
+        if adapter_name is None or self.peft_config[adapter_name].orth_reg_decoupled:
             return self.model.forward(*args, **kwargs)
         config, layers = self.peft_config[adapter_name], adapted_layers(self.model, adapter_name).values()
         if not config.use_dora_adaptive and not any(is_sharded(layer.lora_A[adapter_name]) for layer in layers):
@@ -184,12 +184,16 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def update_and_allocate(self, global_step: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
         """
-        PEFT's method, for the step `global_step`, counted from 0, after the optimizer's step. Pass an optimizer that
-        keeps further weights, as schedule-free ones do, so that pruned singular values do not come back with them.
-        Raises a `ValueError` if no factor has a gradient, and as [`check_allocation`]; nothing has changed then.
+        PEFT's method, for the step `global_step`, counted from 0, after the optimizer's step. Pass the optimizer if
+        the regularization is decoupled, and if the optimizer keeps further weights, as schedule-free ones do, so that
+        pruned singular values do not come back with them. Raises a `ValueError` if no factor has a gradient, and as
+        [`check_allocation`] and [`factors_to_orthogonalize`]; nothing has changed then.
         """
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
+        factors = None
+        if config.orth_reg_decoupled and config.orth_reg_weight:
+            factors = factors_to_orthogonalize(self.model, self.trainable_adapter_name, optimizer)
         last = config.total_step - config.tfinal
         if global_step > last:
             config.rank_pattern = self.rankallocator.kept or config.rank_pattern
@@ -198,6 +202,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         stock.AdaLoraModel.update_and_allocate(self, global_step)
         if optimizer is not None:
             self.rankallocator.mask_other_weights(self.model, optimizer)
+        if factors is not None:
+            orthogonalize_(factors, config.orth_reg_weight)
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str

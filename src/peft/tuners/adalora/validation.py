@@ -175,7 +175,7 @@ def check_allocation(tuner: Any, global_step: int) -> None:
         "its schedule cannot start again; train on without `update_and_allocate`, or merge the adapter and train a "
         "new one",
     )
-    if config.orth_reg_weight > 0 and allocator.expects_regularization:
+    if config.orth_reg_weight > 0 and not config.orth_reg_decoupled and allocator.expects_regularization:
         allocator.expects_regularization = False
         warnings.warn(
             "AdaLoRA's regularization has not reached the gradients, because the loss is not the model's own "
