@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ablations import DECOUPLED
 from plan import TUNING_SEEDS, Candidate, Log
 from training import ADADORA, ADALORA, DORA, LORA, Run
 
@@ -13,19 +14,18 @@ SEEDS = 5
 TUNING_RANK, FINAL_RANK = 4, 8  # of the trials, and of the second run of the best
 RANKS = (4, 2, 8)  # in the order of execution
 LEARNING_RATES = (7e-4, 2.5e-3, 9e-3, 3e-2)
+ADAPTIVE_SCALES = (4.0, 4.0, 1.0, 1.0)  # of the adaptive methods at those learning rates; 1 for the others
 FINALISTS = 2
 UNADAPTED = "unadapted"
-WITHOUT_TERM = "no regularization"  # of orthogonality
 CANDIDATES: tuple[Candidate, ...] = (
     (LORA, None),
     (DORA, None),
     (ADALORA, None),
     (ADADORA, None),
-    (ADALORA, WITHOUT_TERM),
-    (ADADORA, WITHOUT_TERM),
+    (ADADORA, DECOUPLED),
 )
 # each group of texts is a comparison of its own, so that a part of the runs is a whole result
-GROUPS = (("tweets", "captions", "news"), ("reviews",))
+GROUPS = (("tweets", "captions", "reviews"),)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Plan:
                 method=method,
                 rank=TUNING_RANK,
                 lr=lr,
-                scale=1.0,
+                scale=ADAPTIVE_SCALES[index] if method in (ADALORA, ADADORA) else 1.0,
                 seed=TUNING_SEEDS[0],
                 split="validation",
                 schedule=("early", "late")[index % 2] if method in (ADALORA, ADADORA) else None,

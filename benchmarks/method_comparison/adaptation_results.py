@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from adaptation_plan import FINAL_RANK, TUNING_RANK, UNADAPTED, WITHOUT_TERM, Plan
+from ablations import DECOUPLED
+from adaptation_plan import FINAL_RANK, TUNING_RANK, UNADAPTED, Plan
 from plan import Candidate, Log
 from report import Table
 from results import Interval, resamples, with_interval
@@ -93,7 +94,7 @@ def interval(values: Interval) -> str:
 
 def name_of(candidate: Candidate) -> str:
     method, ablation = candidate
-    return {None: method, WITHOUT_TERM: f"{method}, no term"}.get(ablation, f"{method}, {ablation}")
+    return {None: method, DECOUPLED: f"{method}, decoupled"}.get(ablation, f"{method}, {ablation}")
 
 
 def complete(plan: Plan, log: Log) -> list[tuple[Losses, int]]:
@@ -121,9 +122,8 @@ def compared_row(losses: Losses, rank: int, which: str) -> dict[str, Any]:
 
 COMPARISONS: tuple[tuple[Candidate, Candidate], ...] = (
     ((ADADORA, None), (ADALORA, None)),
-    ((ADALORA, WITHOUT_TERM), (ADALORA, None)),
-    ((ADADORA, WITHOUT_TERM), (ADADORA, None)),
-    ((ADADORA, WITHOUT_TERM), (ADALORA, WITHOUT_TERM)),
+    ((ADADORA, DECOUPLED), (ADALORA, None)),
+    ((ADADORA, DECOUPLED), (ADADORA, None)),
 )
 
 
@@ -148,6 +148,7 @@ def chosen_row(plan: Plan, log: Log, text: str, candidate: Candidate) -> dict[st
         "text": text,
         "method": name_of(candidate),
         "learning rate": f"{run.lr:g}",
+        "scale": f"{run.scale:g}",
         "schedule": run.schedule or "",
         "all trials": ", ".join(f"{log[trial]['loss']:.3f}" for trial in plan.trials(text, candidate)),
         "second run of the best": ", ".join(
@@ -189,7 +190,8 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             ],
             f"Loss per token of the validation documents: of all trials at rank {TUNING_RANK}, and of a second run of "
             f"the best at rank {FINAL_RANK}. The trials are learning rates of "
-            f"{', '.join(f'{lr:g}' for lr in plan.learning_rates)}.",
+            f"{', '.join(f'{lr:g}' for lr in plan.learning_rates)}; AdaLoRA and AdaDoRA have a scale of 4 at the first "
+            "two.",
         ),
     ]
 
