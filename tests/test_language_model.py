@@ -129,9 +129,10 @@ def toy(modules, built, monkeypatch):
     texts.old_documents.cache_clear()
     PoolOfThisProcess.runs.clear()
     return modules.adaptation_plan.Plan(
-        groups=(("toy",),),
-        candidates=(("LoRA", None), ("AdaLoRA", None), ("AdaDoRA", None), ("AdaLoRA", "no regularization")),
-        learning_rates=(3e-3, 3e-2),
+        texts=("toy",),
+        candidates=(("LoRA", None), ("AdaLoRA", None), ("AdaDoRA", "decoupled regularization")),
+        later=(("AdaLoRA", "no regularization"),),
+        settings=((3e-3, 4.0, "late"), (3e-2, 1.0, "early")),
         ranks=(2,),
         seeds=2,
         steps=10,
@@ -215,10 +216,19 @@ class TestRuns:
 
     def test_a_part_of_the_plan_is_reported_with_what_is_missing(self, modules, built, toy, tmp_path):
         whole = modules.adaptation.execute_plan(toy, tmp_path / "adaptation.jsonl", built.folder, jobs=1)
-        last = list(whole)[-1]
-        part = {run: record for run, record in whole.items() if run != last}
-        assert modules.adaptation_results.tables(toy, part) == []
-        assert modules.adaptation_results.missing(toy, part) == "Rows with fewer than 2 seeds: toy, rank 2: 1."
+        results = modules.adaptation_results
+
+        def without_last(method, ablation):
+            last = toy.tests(whole, "toy", (method, ablation), 2)[-1]
+            return {run: record for run, record in whole.items() if run != last}
+
+        part = without_last("LoRA", None)
+        assert results.tables(toy, part) == []
+        assert results.missing(toy, part) == "Fewer than 2 seeds on some text: LoRA, rank 2: 1."
+        part = without_last("AdaLoRA", "no regularization")
+        ((row,), (whole_row,)) = (results.tables(toy, log)[0].rows for log in (part, whole))
+        assert whole_row.pop("AdaLoRA, no term − LoRA")
+        assert row == whole_row
 
     def test_the_log_of_another_model_is_refused(self, modules, built, toy, tmp_path):
         log = tmp_path / "adaptation.jsonl"
@@ -269,6 +279,16 @@ class TestIntervals:
             lower, upper = np.percentile(modules.adaptation_results.resampled(differences, tokens)[:1000], [2.5, 97.5])
             covered.append(lower < 0.05 < upper)
         assert 0.88 < np.mean(covered) < 0.99
+
+
+def test_the_model_of_the_repository_is_that_of_its_summary_and_of_the_log(modules):
+    folder = modules.adaptation.MODEL
+    summary = json.loads((folder / "summary.json").read_text())
+    checksum = modules.adaptation.checksum(folder)
+    assert summary["sha256"] == checksum
+    assert summary["held_out_loss_per_token"] < summary["trigram_loss_per_token"] - 0.2
+    log = modules.adaptation.read_log(FOLDER / "adaptation.jsonl")
+    assert log and {record["weights"] for record in log.values()} == {checksum[:12]}
 
 
 @pytest.mark.parametrize("name", ["tweets", "captions", "news", "reviews"])
