@@ -47,9 +47,10 @@ bench: .venv/installed  ## time, memory and accuracy against PEFT's AdaLoRA and 
 	$(INSTALL) -e '.[bench]'
 	$(BIN)/python benchmarks/run.py --output build/benchmarks
 
-compare: .venv/installed  ## LoRA, DoRA, AdaLoRA and AdaDoRA on real data (about four hours)
+compare: .venv/installed  ## LoRA, DoRA, AdaLoRA and AdaDoRA on real data (about five hours)
 	$(INSTALL) -e '.[compare]'
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/method_comparison/compare.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/method_comparison/adaptation.py
 
 docs: .venv/installed  ## build the site, and check its links
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs docs/source build/docs

@@ -1,0 +1,112 @@
+"""Which runs compare the methods on new kinds of text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ablations import DECOUPLED, WITHOUT
+from plan import TUNING_SEEDS, Candidate, Log
+from training import ADADORA, ADALORA, DORA, LORA, Run
+
+
+STEPS = 50
+EXAMPLES = 200  # documents that a run is trained with
+SEEDS = 5
+TUNING_RANK, FINAL_RANK = 4, 8  # of the trials, and of the second run of the best
+RANKS = (4, 2, 8)  # in the order of execution
+# learning rates and scales, and the schedules of the adaptive methods
+TRIALS = (
+    (2.5e-3, 4.0, "late"),
+    (9e-3, 1.0, "early"),
+    (9e-3, 4.0, "late"),
+    (3e-2, 1.0, "late"),
+    (3e-2, 4.0, "early"),
+    (9e-2, 4.0, "late"),
+)
+FINALISTS = 2
+UNADAPTED = "unadapted"
+CANDIDATES: tuple[Candidate, ...] = (
+    (LORA, None),
+    (DORA, None),
+    (ADALORA, None),
+    (ADADORA, None),
+    (ADADORA, DECOUPLED),
+)
+# what is compared after all runs of those above
+LATER: tuple[Candidate, ...] = ((ADALORA, WITHOUT), (ADADORA, WITHOUT))
+TEXTS = ("tweets", "captions", "reviews")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Args:
+        texts: Names of the texts.
+        candidates: Methods, with what is changed. The first is what the others are compared with.
+        later: Candidates whose runs are executed after those of all others.
+        settings: Learning rates and scales of the trials, and the schedules of the adaptive methods.
+        ranks: The budgets, in the order of execution.
+        seeds: How many seeds the tested runs have.
+        steps: Number of optimizer steps.
+        examples: How many documents a run is trained with.
+    """
+
+    texts: tuple[str, ...] = TEXTS
+    candidates: tuple[Candidate, ...] = CANDIDATES
+    later: tuple[Candidate, ...] = LATER
+    settings: tuple[tuple[float, float, str], ...] = TRIALS
+    ranks: tuple[int, ...] = RANKS
+    seeds: int = SEEDS
+    steps: int = STEPS
+    examples: int = EXAMPLES
+
+    def unadapted(self, text: str) -> Run:
+        return Run(text, 0, UNADAPTED, rank=0, lr=0.0, scale=0.0, seed=0, split="test", steps=0)
+
+    def trials(self, text: str, candidate: Candidate) -> list[Run]:
+        method, ablation = candidate
+        return [
+            Run(
+                task=text,
+                examples=self.examples,
+                steps=self.steps,
+                method=method,
+                rank=TUNING_RANK,
+                lr=lr,
+                scale=scale,
+                seed=TUNING_SEEDS[0],
+                split="validation",
+                schedule=schedule if method in (ADALORA, ADADORA) else None,
+                ablation=ablation,
+            )
+            for lr, scale, schedule in self.settings
+        ]
+
+    def finalists(self, log: Log, text: str, candidate: Candidate) -> list[tuple[Run, Run]]:
+        """Both runs of the best trials. The second has the highest rank and another seed."""
+        best = sorted(self.trials(text, candidate), key=lambda run: log[run]["loss"])[:FINALISTS]
+        return [(run, replace(run, seed=TUNING_SEEDS[1], rank=FINAL_RANK)) for run in best]
+
+    def chosen(self, log: Log, text: str, candidate: Candidate) -> Run:
+        return min(self.finalists(log, text, candidate), key=lambda runs: sum(log[run]["loss"] for run in runs))[0]
+
+    def tests(self, log: Log, text: str, candidate: Candidate, rank: int) -> list[Run]:
+        run = self.chosen(log, text, candidate)
+        return [replace(run, rank=rank, seed=seed, split="test") for seed in range(self.seeds)]
+
+    def seeds_done(self, log: Log, text: str, candidate: Candidate, rank: int) -> int:
+        """How many of the tested runs are in the log without a gap, 0 if a trial is missing."""
+        try:
+            done = [run in log for run in self.tests(log, text, candidate, rank)]
+        except KeyError:
+            return 0
+        return [*done, False].index(False)
+
+    def stages(self, log: Log) -> Iterator[list[Run]]:
+        """All runs, in lists that need the records of those before. Texts, candidates and seeds take turns."""
+        yield [self.unadapted(text) for text in self.texts]
+        for candidates in (self.candidates, self.later):
+            pairs = [(text, candidate) for text in self.texts for candidate in candidates]
+            yield [run for pair in pairs for run in self.trials(*pair)]
+            yield [second for pair in pairs for _, second in self.finalists(log, *pair)]
+            for rank in self.ranks:
+                yield [run for runs in zip(*(self.tests(log, *pair, rank) for pair in pairs)) for run in runs]

