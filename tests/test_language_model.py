@@ -27,7 +27,7 @@ def modules():
     """The modules by name. They import each other, and those of the other benchmarks, as neighbours of a script do."""
     path, loaded = list(sys.path), set(sys.modules)
     sys.path[:0] = [str(FOLDER), str(BENCHMARKS)]
-    names = ("language_model", "texts", "plan", "adaptation_plan", "adaptation_results", "adaptation", "training")
+    names = ("language_model", "texts", "plan", "adaptation_plan", "adaptation_results", "adaptation", "compare")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path[:] = path
     for name in set(sys.modules) - loaded:
@@ -120,11 +120,11 @@ class TestTrigrams:
 @pytest.fixture
 def toy(modules, built, monkeypatch):
     """A plan of few and short runs on a text of other words, executed in this process."""
-    texts, adaptation = modules.texts, modules.adaptation
+    texts = modules.texts
     words = ["red", "green", "blue", "circle", "square", "line", "above", "below"]
     monkeypatch.setitem(texts.SOURCES, "toy", lambda: texts.parts(sentences(260, words, 2)))
     monkeypatch.setattr(texts, "base_texts", lambda: ([], sentences(400, WORDS, 1)))
-    monkeypatch.setattr(adaptation, "ProcessPoolExecutor", PoolOfThisProcess)
+    monkeypatch.setattr(modules.compare, "ProcessPoolExecutor", PoolOfThisProcess)
     texts.documents.cache_clear()
     texts.old_documents.cache_clear()
     PoolOfThisProcess.runs.clear()
@@ -154,10 +154,10 @@ class PoolOfThisProcess:
     def __exit__(self, *arguments):
         pass
 
-    def submit(self, function, run, folder):
+    def submit(self, function, run):
         self.runs.append(run)
         future = Future()
-        future.set_result(function(run, folder))
+        future.set_result(function(run))
         return future
 
 

@@ -10,35 +10,29 @@ that a log has, and says which are missing.
 
 import argparse
 import hashlib
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
-from multiprocessing import get_context
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM, get_linear_schedule_with_warmup, set_seed
+from transformers import LlamaForCausalLM
 
 
 sys.path.append(str(Path(__file__).parents[1]))  # where the tables of the other benchmarks are
 
+import compare
 from adaptation_plan import UNADAPTED, Plan
 from adaptation_results import missing, tables, write_figure
-from compare import read_log, set_up_worker
-from plan import Log, Record, run_of
+from compare import read_log
+from plan import Log, Record
 from texts import documents, old_documents
-from training import Run, Training, ablation_of, adapter_parameters, average_rank, config
-
-from peft import PeftModel, get_peft_model
+from training import Run, Training, adapter_parameters, average_rank
 
 
 MODEL = Path(__file__).parent / "base_model"
-BATCH_SIZE = 8
-EXAMPLES_OF_START = 16  # documents that a start may look at
 
 
 @cache
@@ -54,15 +48,6 @@ def collate(batch: Sequence[list[int]]) -> dict[str, torch.Tensor]:
         "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in batch]),
         "labels": torch.tensor([[*ids, *[-100] * (length - len(ids))] for ids in batch]),
     }
-
-
-def batches(examples: list[list[int]], seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches without end, shuffled anew each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-            yield collate([examples[index] for index in order[start : start + BATCH_SIZE]])
 
 
 @torch.inference_mode()
@@ -87,25 +72,16 @@ class Adaptation(Training):
         folder: Where the language model is.
     """
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.run = run
-        self.ablation = ablation_of(run)
-        set_seed(run.seed)
-        base_model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model = self.adapted(base_model)
-        examples = documents(folder, run.task).sample(run.examples, run.seed)
-        self.ablation.change(self.model)
-        self.ablation.change_by_examples(self.model, collate(examples[:EXAMPLES_OF_START]))
-        self.optimizer = torch.optim.AdamW(self.ablation.groups(self.model, run.lr), lr=run.lr, weight_decay=0.0)
-        self.scheduler = get_linear_schedule_with_warmup(self.optimizer, run.steps // 10, run.steps)
-        self.batches = batches(examples, run.seed)
-        self.steps_done = 0
-        self.model.train()
+    batch_size = 8
+    examples_of_start = 16
+    task_type = "CAUSAL_LM"
 
-    def adapted(self, base_model: LlamaForCausalLM) -> PeftModel:
-        adapter = config(self.run)
-        adapter.task_type = "CAUSAL_LM"
-        return get_peft_model(base_model, adapter)
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.folder = folder
+        self.begin(run, documents(folder, run.task).sample(run.examples, run.seed), collate)
+
+    def make_base_model(self) -> LlamaForCausalLM:
+        return LlamaForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
 
 
 def execute(run: Run, folder: Path) -> Record:
@@ -137,22 +113,9 @@ def execute(run: Run, folder: Path) -> Record:
 
 def execute_plan(plan: Plan, path: Path, folder: Path, jobs: int) -> Log:
     """Execute what is not in the log yet, `jobs` runs at a time with one thread each."""
-    log = read_log(path)
-    if any(record["weights"] != checksum(folder)[:12] for record in log.values()):
+    if any(record["weights"] != checksum(folder)[:12] for record in read_log(path).values()):
         raise SystemExit(f"{path} is the log of another language model than that in {folder}.")
-    with (
-        ProcessPoolExecutor(jobs, get_context("spawn"), set_up_worker) as pool,
-        path.open("a", encoding="utf-8") as file,
-    ):
-        for stage in plan.stages(log):
-            futures = [pool.submit(execute, run, folder) for run in dict.fromkeys(stage) if run not in log]
-            for done in as_completed(futures):
-                record = done.result()
-                log[run_of(record)] = record
-                file.write("\n" + json.dumps(record) if file.tell() else json.dumps(record))
-                file.flush()
-                print(progress(len(log), record), file=sys.stderr, flush=True)
-    return log
+    return compare.execute_plan(plan, path, jobs, partial(execute, folder=folder), progress)
 
 
 def progress(number: int, record: Record) -> str:

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ablations import DECOUPLED, WITHOUT
-from plan import TUNING_SEEDS, Candidate, Log
+from plan import TUNING_SEEDS, Candidate, Cell, Log, tuning
 from training import ADADORA, ADALORA, DORA, LORA, Run
 
 
 STEPS = 50
 EXAMPLES = 200  # documents that a run is trained with
 SEEDS = 5
-TUNING_RANK, FINAL_RANK = 4, 8  # of the trials, and of the second run of the best
+FINAL_RANK = 8  # of the second run of the best trials, which have `RANK`
 RANKS = (4, 2, 8)  # in the order of execution
 # learning rates and scales, and the schedules of the adaptive methods
 TRIALS = (
@@ -63,23 +63,7 @@ class Plan:
         return Run(text, 0, UNADAPTED, rank=0, lr=0.0, scale=0.0, seed=0, split="test", steps=0)
 
     def trials(self, text: str, candidate: Candidate) -> list[Run]:
-        method, ablation = candidate
-        return [
-            Run(
-                task=text,
-                examples=self.examples,
-                steps=self.steps,
-                method=method,
-                rank=TUNING_RANK,
-                lr=lr,
-                scale=scale,
-                seed=TUNING_SEEDS[0],
-                split="validation",
-                schedule=schedule if method in (ADALORA, ADADORA) else None,
-                ablation=ablation,
-            )
-            for lr, scale, schedule in self.settings
-        ]
+        return tuning(Cell(text, self.examples, self.steps, self.ranks, self.seeds), self.settings, *candidate)
 
     def finalists(self, log: Log, text: str, candidate: Candidate) -> list[tuple[Run, Run]]:
         """Both runs of the best trials. The second has the highest rank and another seed."""

@@ -8,8 +8,8 @@ from typing import Any, Optional
 
 import numpy as np
 from ablations import DECOUPLED, WITHOUT
-from adaptation_plan import FINAL_RANK, TUNING_RANK, UNADAPTED, Plan
-from plan import Candidate, Log
+from adaptation_plan import FINAL_RANK, UNADAPTED, Plan
+from plan import RANK, Candidate, Log
 from report import Table
 from results import Interval, resamples, with_interval
 from training import ADADORA, ADALORA, DORA
@@ -211,7 +211,7 @@ def tables(plan: Plan, log: Log) -> list[Table]:
                 for text in dict.fromkeys(losses.text for losses, _ in done)
                 for candidate in candidates
             ],
-            f"Loss per token of the validation documents: of all trials at rank {TUNING_RANK}, and of a second run of "
+            f"Loss per token of the validation documents: of all trials at rank {RANK}, and of a second run of "
             f"the best at rank {FINAL_RANK}. The trials are learning rates and scales of "
             f"{', '.join(f'{lr:g}·{scale:g}' for lr, scale, _ in plan.settings)}.",
         ),

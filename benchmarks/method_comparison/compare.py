@@ -13,9 +13,11 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -26,7 +28,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # where the tables and counters
 from figures import write_figures
 from plan import FULL, QUICK, Log, Plan, Record, run_of
 from results import tables
-from training import execute
+from training import Run, execute
 
 
 def read_log(path: Path) -> Log:
@@ -55,8 +57,20 @@ def set_up_worker() -> None:
     logging.disable_progress_bar()
 
 
-def execute_plan(plan: Plan, path: Path, jobs: int) -> Log:
-    """Execute what is not in the log yet, `jobs` runs at a time with one thread each."""
+def progress(number: int, record: Record) -> str:
+    names = ("task", "examples", "method", "rank", "lr", "scale", "schedule", "ablation", "split", "seed")
+    settings = " ".join(f"{name}={record[name]}" for name in names if record[name] is not None)
+    return f"{number}: {record['accuracy']:.3f} {settings}"
+
+
+def execute_plan(
+    plan: Any,
+    path: Path,
+    jobs: int,
+    execute: Callable[[Run], Record] = execute,
+    progress: Callable[[int, Record], str] = progress,
+) -> Log:
+    """Execute the stages that are not in the log yet, `jobs` runs at a time with one thread each."""
     log = read_log(path)
     with (
         ProcessPoolExecutor(jobs, get_context("spawn"), set_up_worker) as pool,
@@ -65,18 +79,12 @@ def execute_plan(plan: Plan, path: Path, jobs: int) -> Log:
         for stage in plan.stages(log):
             futures = [pool.submit(execute, run) for run in dict.fromkeys(stage) if run not in log]
             for done in as_completed(futures):
-                record: Record = done.result()
+                record = done.result()
                 log[run_of(record)] = record
                 file.write("\n" + json.dumps(record) if file.tell() else json.dumps(record))
                 file.flush()
                 print(progress(len(log), record), file=sys.stderr, flush=True)
     return log
-
-
-def progress(number: int, record: Record) -> str:
-    names = ("task", "examples", "method", "rank", "lr", "scale", "schedule", "ablation", "split", "seed")
-    settings = " ".join(f"{name}={record[name]}" for name in names if record[name] is not None)
-    return f"{number}: {record['accuracy']:.3f} {settings}"
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

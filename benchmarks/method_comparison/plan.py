@@ -50,6 +50,28 @@ class Cell:
     seeds: int
 
 
+def tuning(
+    cell: Cell, trials: Sequence[tuple[float, float, str]], method: str, ablation: Optional[str] = None
+) -> list[Run]:
+    """The trials of a method, each of a learning rate, a scale and the schedule of the adaptive methods."""
+    return [
+        Run(
+            task=cell.task,
+            examples=cell.examples,
+            steps=cell.steps,
+            method=method,
+            rank=RANK,
+            lr=lr,
+            scale=scale,
+            seed=TUNING_SEEDS[0],
+            split="validation",
+            schedule=schedule if method in (ADALORA, ADADORA) else None,
+            ablation=ablation,
+        )
+        for lr, scale, schedule in trials
+    ]
+
+
 def best_with_second_run(log: Log, trials: list[Run], count: int, **changes: Any) -> list[list[Run]]:
     runs = sorted(trials, key=lambda run: -log[run]["accuracy"])
     return [[run, replace(run, seed=TUNING_SEEDS[1], **changes)] for run in runs[:count]]
@@ -91,23 +113,7 @@ class Plan:
     regularized: tuple[Cell, ...] = ()
 
     def tuning(self, cell: Cell, method: str, ablation: Optional[str] = None) -> list[Run]:
-        adaptive = method in (ADALORA, ADADORA)
-        return [
-            Run(
-                task=cell.task,
-                examples=cell.examples,
-                steps=cell.steps,
-                method=method,
-                rank=RANK,
-                lr=lr,
-                scale=scale,
-                seed=TUNING_SEEDS[0],
-                split="validation",
-                schedule=schedule if adaptive else None,
-                ablation=ablation,
-            )
-            for lr, scale, schedule in self.trials
-        ]
+        return tuning(cell, self.trials, method, ablation)
 
     def finalists(self, log: Log, cell: Cell, method: str, ablation: Optional[str] = None) -> list[list[Run]]:
         """Both runs of the best trials, of equals the first."""

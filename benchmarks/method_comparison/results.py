@@ -379,16 +379,14 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "Mean differences over the rows of a task, and over tasks, with 95 % intervals (bootstrap over tasks, and "
             "in each over seeds and examples). A row is won if its own interval lies above 0, and lost if below.",
         ),
-    ]
-    result.append(
         Table(
             "needed",
             "Seeds and test examples that a difference of 1 point needs",
             [needed_row(plan, log, cell) for cell in plan.cells],
             f"{ADADORA} − {LORA} at rank {RANK}: for a 95 % interval of ± 1 point, by the deviation over seeds alone, "
             "and by that over test examples alone.",
-        )
-    )
+        ),
+    ]
     if plan.ablated:
         where = f"{plan.ablated.task}, {plan.ablated.examples} examples"
         result += [

