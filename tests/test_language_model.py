@@ -132,6 +132,8 @@ def toy(modules, built, monkeypatch):
         texts=("toy",),
         candidates=(("LoRA", None), ("AdaLoRA", None), ("AdaDoRA", "decoupled regularization")),
         later=(("AdaLoRA", "no regularization"),),
+        changed=(("AdaDoRA", "decoupled, magnitude fixed"),),
+        forms=(("AdaDoRA", "regularization until pruning"),),
         settings=((3e-3, 4.0, "late"), (3e-2, 1.0, "early")),
         ranks=(2,),
         seeds=2,
@@ -199,6 +201,18 @@ class TestRuns:
                 text = training.model.base_model.model(**batch).loss.item()
         assert losses["no regularization"] == pytest.approx(text, rel=1e-4) and losses[None] > text + 0.1
 
+    @pytest.mark.parametrize("form", ["regularization until pruning", "regularization from pruning on"])
+    def test_the_regularization_is_in_the_loss_before_pruning_or_after(self, modules, built, toy, form):
+        training = modules.adaptation.Adaptation(self.run_of(toy, "AdaDoRA", form), built.folder)
+        batch, is_in_loss = next(training.batches), []
+        for _ in range(toy.steps):
+            loss, text = training.model(**batch).loss.item(), training.model.base_model.model(**batch).loss.item()
+            is_in_loss.append(loss > text + 1e-3)
+            training.step()
+        tinit = training.model.peft_config["default"].tinit
+        assert tinit in (1, 3)
+        assert is_in_loss == [(step < tinit) == form.endswith("until pruning") for step in range(toy.steps)]
+
     def test_a_killed_comparison_goes_on(self, modules, built, toy, tmp_path):
         log = tmp_path / "adaptation.jsonl"
         whole = modules.adaptation.execute_plan(toy, log, built.folder, jobs=1)
@@ -253,6 +267,12 @@ class TestPlan:
         assert chosen == {"LoRA": 3e-2, "AdaLoRA": 3e-3}
         seeds = {(run.split, run.seed) for run in log if run.method != "unadapted"}
         assert seeds == {("validation", 1000), ("validation", 1001), ("test", 0), ("test", 1)}
+
+    def test_a_changed_candidate_has_the_settings_of_the_one_that_it_changes(self, toy):
+        log = self.finished(toy)
+        names = ("decoupled, magnitude fixed", "decoupled regularization")
+        changed, reference = ([run for run in log if run.ablation == name and run.split == "test"] for name in names)
+        assert [dataclasses.replace(run, ablation=names[1]) for run in changed] == reference and changed
 
     def test_each_candidate_has_the_same_trials(self, toy):
         trials = {(run.lr, run.scale, run.seed) for run in toy.trials("toy", ("LoRA", None))}

@@ -11,7 +11,7 @@ from peft.tuners.adalora import AdaLoraLayer, SVDLinear
 
 
 ADAPTER = "default"
-NO_REGULARIZATION = 1e-9  # PEFT refuses 0
+NO_REGULARIZATION = 1e-9  # has no effect, like 0; all runs in the logs have this weight
 LORAPLUS_RATIO = 16  # of B's learning rate to A's, as the authors of LoRA+ have it
 
 
@@ -32,8 +32,8 @@ class Ablation:
         """The optimizer's groups of parameters."""
         return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
-    def after_allocation(self, model: PeftModel) -> None:
-        """Called at the end of each step."""
+    def after_allocation(self, model: PeftModel, step: int) -> None:
+        """Called at the end of each step, with its number, counted from 1."""
 
 
 def layers(model: PeftModel) -> list[AdaLoraLayer]:
@@ -94,6 +94,19 @@ class Regularization(Ablation):
         model.peft_config[ADAPTER].orth_reg_weight = self.weight
 
 
+class RegularizationInTurns(Regularization):
+    """The weight of the regularization is another one from the step on at which pruning begins."""
+
+    def __init__(self, before: float, after: float) -> None:
+        super().__init__(before)
+        self.after = after
+
+    def after_allocation(self, model: PeftModel, step: int) -> None:
+        config = model.peft_config[ADAPTER]
+        if step == config.tinit:
+            config.orth_reg_weight = self.after
+
+
 class Decoupled(Ablation):
     """The regularization is a step of its own after the optimizer's, not a term of the loss."""
 
@@ -113,7 +126,7 @@ class ScaleOfKeptRank(Ablation):
     """Divide `lora_alpha` by the rank that is kept instead of that of the start."""
 
     @torch.no_grad()
-    def after_allocation(self, model: PeftModel) -> None:
+    def after_allocation(self, model: PeftModel, step: int) -> None:
         for layer in layers(model):
             layer.ranknum[ADAPTER].fill_(max(1, int(layer.lora_E[ADAPTER].count_nonzero())))
 
@@ -187,6 +200,10 @@ class Together(Ablation):
     def groups(self, model: PeftModel, lr: float) -> list[dict[str, Any]]:
         return self.ablations[-1].groups(model, lr)
 
+    def after_allocation(self, model: PeftModel, step: int) -> None:
+        for ablation in self.ablations:
+            ablation.after_allocation(model, step)
+
 
 class LoraPlus(Ablation):
     """
@@ -243,6 +260,26 @@ SLOW_START = {
     "no regularization": Regularization(NO_REGULARIZATION),
 }
 DECOUPLED, WITHOUT = "decoupled regularization", "no regularization"
+UNTIL_PRUNING, FROM_PRUNING = "regularization until pruning", "regularization from pruning on"
+ORTHONORMAL = "orthonormal start, no regularization"
+PEFT_WEIGHT = 0.5  # PEFT's default for the regularization
 # forms of the regularization; each has trials of its own
-REGULARIZATIONS = {DECOUPLED: Decoupled(10.0), WITHOUT: Regularization(NO_REGULARIZATION)}
-ALL = ABLATIONS | LORAPLUS | SLOW_START | REGULARIZATIONS
+REGULARIZATIONS = {
+    DECOUPLED: Decoupled(10.0),
+    WITHOUT: Regularization(NO_REGULARIZATION),
+    UNTIL_PRUNING: RegularizationInTurns(PEFT_WEIGHT, NO_REGULARIZATION),
+    FROM_PRUNING: RegularizationInTurns(NO_REGULARIZATION, PEFT_WEIGHT),
+    ORTHONORMAL: Together(OrthonormalStart(), Regularization(NO_REGULARIZATION)),
+}
+# the decoupled regularization with one thing changed
+OF_DECOUPLED = {
+    f"decoupled, {name}": Together(REGULARIZATIONS[DECOUPLED], ABLATIONS[name])
+    for name in (
+        "magnitude fixed",
+        "norm in the gradient",
+        "learning rate of m / 10",
+        "learning rate of m · 10",
+        "scale by the rank kept",
+    )
+} | {f"decoupled, weight {weight:g}": Decoupled(weight) for weight in (3.0, 30.0)}
+ALL = ABLATIONS | LORAPLUS | SLOW_START | REGULARIZATIONS | OF_DECOUPLED

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ablations import DECOUPLED, WITHOUT
+from ablations import DECOUPLED, FROM_PRUNING, OF_DECOUPLED, ORTHONORMAL, UNTIL_PRUNING, WITHOUT
 from plan import TUNING_SEEDS, Candidate, Cell, Log, tuning
 from training import ADADORA, ADALORA, DORA, LORA, Run
 
@@ -31,8 +31,12 @@ CANDIDATES: tuple[Candidate, ...] = (
     (ADADORA, None),
     (ADADORA, DECOUPLED),
 )
-# what is compared after all runs of those above
-LATER: tuple[Candidate, ...] = ((ADALORA, WITHOUT), (ADADORA, WITHOUT))
+# compared after all runs of those above
+LATER: tuple[Candidate, ...] = ((ADALORA, DECOUPLED), (ADALORA, WITHOUT), (ADADORA, WITHOUT))
+# at one rank, and compared with this
+REFERENCE: Candidate = (ADADORA, DECOUPLED)
+CHANGED: tuple[Candidate, ...] = tuple((ADADORA, name) for name in OF_DECOUPLED)
+FORMS: tuple[Candidate, ...] = ((ADADORA, UNTIL_PRUNING), (ADADORA, FROM_PRUNING), (ADADORA, ORTHONORMAL))
 TEXTS = ("tweets", "captions", "reviews")
 
 
@@ -42,7 +46,9 @@ class Plan:
     Args:
         texts: Names of the texts.
         candidates: Methods, with what is changed. The first is what the others are compared with.
-        later: Candidates whose runs are executed after those of all others.
+        later: Candidates whose runs are executed after those above.
+        changed: Candidates that differ from `REFERENCE` in one thing and have its settings. Only at the first rank.
+        forms: Candidates with trials of their own, whose tested runs have only the first rank.
         settings: Learning rates and scales of the trials, and the schedules of the adaptive methods.
         ranks: The budgets, in the order of execution.
         seeds: How many seeds the tested runs have.
@@ -53,6 +59,8 @@ class Plan:
     texts: tuple[str, ...] = TEXTS
     candidates: tuple[Candidate, ...] = CANDIDATES
     later: tuple[Candidate, ...] = LATER
+    changed: tuple[Candidate, ...] = CHANGED
+    forms: tuple[Candidate, ...] = FORMS
     settings: tuple[tuple[float, float, str], ...] = TRIALS
     ranks: tuple[int, ...] = RANKS
     seeds: int = SEEDS
@@ -71,6 +79,8 @@ class Plan:
         return [(run, replace(run, seed=TUNING_SEEDS[1], rank=FINAL_RANK)) for run in best]
 
     def chosen(self, log: Log, text: str, candidate: Candidate) -> Run:
+        if candidate in self.changed:
+            return replace(self.chosen(log, text, REFERENCE), ablation=candidate[1])
         return min(self.finalists(log, text, candidate), key=lambda runs: sum(log[run]["loss"] for run in runs))[0]
 
     def tests(self, log: Log, text: str, candidate: Candidate, rank: int) -> list[Run]:
@@ -88,9 +98,16 @@ class Plan:
     def stages(self, log: Log) -> Iterator[list[Run]]:
         """All runs, in lists that need the records of those before. Texts, candidates and seeds take turns."""
         yield [self.unadapted(text) for text in self.texts]
-        for candidates in (self.candidates, self.later):
+        every_rank, one_rank = self.ranks, self.ranks[:1]
+        for candidates, ranks in (
+            (self.candidates, every_rank),
+            (self.later, every_rank),
+            (self.changed, one_rank),
+            (self.forms, one_rank),
+        ):
             pairs = [(text, candidate) for text in self.texts for candidate in candidates]
-            yield [run for pair in pairs for run in self.trials(*pair)]
-            yield [second for pair in pairs for _, second in self.finalists(log, *pair)]
-            for rank in self.ranks:
+            tuned = [pair for pair in pairs if pair[1] not in self.changed]
+            yield [run for pair in tuned for run in self.trials(*pair)]
+            yield [second for pair in tuned for _, second in self.finalists(log, *pair)]
+            for rank in ranks:
                 yield [run for runs in zip(*(self.tests(log, *pair, rank) for pair in pairs)) for run in runs]

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import numpy as np
 from ablations import DECOUPLED, WITHOUT
-from adaptation_plan import FINAL_RANK, UNADAPTED, Plan
+from adaptation_plan import FINAL_RANK, REFERENCE, UNADAPTED, Plan
 from plan import RANK, Candidate, Log
 from report import Table
 from results import Interval, resamples, with_interval
@@ -94,7 +94,7 @@ def interval(values: Interval) -> str:
 
 def name_of(candidate: Candidate) -> str:
     method, ablation = candidate
-    return {None: method, DECOUPLED: f"{method}, decoupled", WITHOUT: f"{method}, no term"}[ablation]
+    return ", ".join(filter(None, (method, {DECOUPLED: "decoupled", WITHOUT: "no term"}.get(ablation, ablation))))
 
 
 def complete(plan: Plan, log: Log) -> list[tuple[Losses, int]]:
@@ -137,8 +137,11 @@ COMPARISONS: tuple[tuple[Candidate, Candidate], ...] = (
     ((ADADORA, DECOUPLED), (ADALORA, None)),
     ((ADADORA, DECOUPLED), (DORA, None)),
     ((ADADORA, DECOUPLED), (ADADORA, None)),
+    ((ADADORA, DECOUPLED), (ADALORA, DECOUPLED)),
+    ((ADALORA, DECOUPLED), (ADALORA, None)),
     ((ADALORA, WITHOUT), (ADALORA, None)),
     ((ADADORA, WITHOUT), (ADADORA, None)),
+    ((ADADORA, WITHOUT), (ADADORA, DECOUPLED)),
     ((ADADORA, WITHOUT), (ADALORA, WITHOUT)),
 )
 
@@ -158,6 +161,20 @@ def summary_row(done: list[tuple[Losses, int]], this: Candidate, reference: Cand
         "better : worse": f"{sum(upper < 0 for *_, upper in rows)} : {sum(lower > 0 for _, lower, _ in rows)} "
         f"of {len(rows)}",
     }
+
+
+def changed_rows(plan: Plan, done: list[tuple[Losses, int]]) -> list[dict[str, Any]]:
+    """The differences to `REFERENCE` at the first rank of what was run at that rank alone."""
+    first = [losses for losses, rank in done if rank == plan.ranks[0]]
+    rows = [
+        {
+            "AdaDoRA with": candidate[1],
+            "trials": "its own" if candidate in plan.forms else "",
+            **{losses.text: compared(losses, plan.ranks[:1], candidate, REFERENCE) for losses in first},
+        }
+        for candidate in plan.changed + plan.forms
+    ]
+    return [row for row in rows if any(row[losses.text] for losses in first)]
 
 
 def chosen_row(plan: Plan, log: Log, text: str, candidate: Candidate) -> dict[str, Any]:
@@ -181,6 +198,7 @@ def tables(plan: Plan, log: Log) -> list[Table]:
     if not done:
         return []
     candidates = begun(done)
+    changed = changed_rows(plan, done)
     pairs = [(candidate, candidates[0]) for candidate in candidates[1:]]
     pairs += [pair for pair in COMPARISONS if set(pair) <= set(candidates)]
     intervals = "Differences with 95 % intervals (paired bootstrap over seeds and documents); less is better."
@@ -197,6 +215,7 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             [summary_row(done, *pair) for pair in pairs],
             "A row of the table above is better if its interval lies below 0, and worse if above.",
         ),
+        *[Table("changed", f"Less {name_of(REFERENCE)}, rank {plan.ranks[0]}", changed, intervals)] * bool(changed),
         Table(
             "forgetting",
             "Held-out loss per token of the old text after adaptation",
@@ -220,10 +239,10 @@ def tables(plan: Plan, log: Log) -> list[Table]:
 
 def missing(plan: Plan, log: Log) -> Optional[str]:
     """A sentence that says which candidates and ranks have fewer seeds than planned on any text."""
+    everywhere = [(candidate, rank) for candidate in plan.candidates + plan.later for rank in plan.ranks]
     counts = {
         f"{name_of(candidate)}, rank {rank}": min(plan.seeds_done(log, text, candidate, rank) for text in plan.texts)
-        for candidate in plan.candidates + plan.later
-        for rank in plan.ranks
+        for candidate, rank in [*everywhere, *((other, plan.ranks[0]) for other in plan.changed + plan.forms)]
     }
     fewer = [f"{name}: {count}" for name, count in counts.items() if count < plan.seeds]
     return f"Fewer than {plan.seeds} seeds on some text: {'; '.join(fewer)}." if fewer else None

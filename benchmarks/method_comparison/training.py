@@ -152,7 +152,7 @@ class Training:
     def allocate(self) -> None:
         if self.run.method in (ADALORA, ADADORA):
             self.model.base_model.update_and_allocate(self.steps_done, self.optimizer)
-            self.ablation.after_allocation(self.model)
+            self.ablation.after_allocation(self.model, self.steps_done)
 
     @torch.inference_mode()
     def right(self, examples: list[Example]) -> torch.Tensor:
