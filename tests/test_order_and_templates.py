@@ -1,7 +1,6 @@
 """The order of a training step, saved configs as templates, and the ways of saved weights into a model."""
 
 import copy
-import json
 import re
 import shutil
 import warnings
@@ -234,24 +233,6 @@ class TestOtherFiles:
         served.load_adapter(folder, "second", low_cpu_mem_usage=low_cpu_mem_usage)
         served.set_adapter("second")
         torch.testing.assert_close(served(X), model(X), rtol=2e-2, atol=2e-2)
-
-    @pytest.mark.overlay
-    @pytest.mark.parametrize("checksum", ["0" * 64, "", None], ids=["wrong", "empty", "none"])
-    @pytest.mark.parametrize("config_class", [AdaLoraConfig, PeftConfig])
-    def test_the_checksum_of_earlier_versions_is_passed_over_and_not_written_again(
-        self, config_class, checksum, saved, tmp_path
-    ):
-        folder = copied(saved[0]["pruned"], tmp_path)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, "weights_sha256": checksum}))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            config_class.from_pretrained(folder).save_pretrained(tmp_path / "config")
-            model = PeftModel.from_pretrained(make_mlp(), folder)
-        assert torch.equal(model(X), PeftModel.from_pretrained(make_mlp(), saved[0]["pruned"])(X))
-        model.save_pretrained(tmp_path / "again")
-        for name in ("config", "again"):
-            assert "weights_sha256" not in json.loads((tmp_path / name / "adapter_config.json").read_text())
 
     @pytest.mark.parametrize("renamed", [{"first": "one"}, {"first": "one", "middle": "two", "last": "three"}])
     @pytest.mark.parametrize("kind, renames_ranks", [("whole", False), ("pruned", False), ("pruned", True)])

@@ -8,8 +8,8 @@ In FOLDER it unpacks the pinned source distribution of PEFT, makes an environmen
 tree for each patch (see `series.py`). In each tree PEFT's own tests must have the outcomes that they have without any
 patch, and the linters of PEFT must be clean. A patch of AdaDoRA comes after all patches before it, and the tests that
 it adds to PEFT's must pass. With the whole series this project's behavioural tests must pass inside of PEFT. The tests
-of a fix, and of `decoupled`, must fail without it, and pass with it. Tests of PEFT that fail without a patch, for want of a network, are
-left out with it.
+of a fix, and of `decoupled`, must fail without it and pass with it. Tests of PEFT that fail without a patch, for want
+of a network, are left out with it.
 
 It prints a table, and exits with 1 if anything differs or fails.
 """
@@ -239,7 +239,7 @@ class Check:
         return "not clean"
 
     def alone(self, folder: Path) -> None:
-        """Check a patch of AdaLoRA that stands alone: the tests that it adds must fail without it, and pass with it."""
+        """Check a patch that stands alone: the tests that it adds must fail without it, and pass with it."""
         name, tree = folder.name, self.folder / folder.name
         shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(self.stock, tree)

@@ -14,8 +14,8 @@
 
 """PEFT's AdaLoRA configuration with AdaDoRA's flag."""
 
-from dataclasses import InitVar, dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass, field
+from typing import Any
 
 from . import stock_config as stock
 from .model_card import add_card_section
@@ -64,10 +64,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
         },
     )
 
-    # adapters of the first release have it; nothing reads or saves it
-    weights_sha256: InitVar[Optional[str]] = None
-
-    def __post_init__(self, weights_sha256: Optional[str]):
+    def __post_init__(self):
         if self.use_dora_adaptive:
             self.use_dora = False  # see `to_dict`
         if self.use_dora:
