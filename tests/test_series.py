@@ -249,3 +249,14 @@ def test_each_mutant_has_code_to_break_in_both_forms(whole):
             for tree in (ROOT, whole):
                 assert (tree / "src" / mutants.ADALORA / module).read_text().count(old) == 1, (mutant.name, old)
             assert new != old
+
+
+def test_an_update_keeps_the_imports_that_only_the_file_of_peft_uses(tmp_path):
+    imports, last = "from typing import Any, Optional\n", "\n\nLAST = 1\n"
+    old = f"{imports}\n\ndef ours(value: Optional[int]) -> Any: ...\n{last}"
+    new = f"\n\ndef ours(value: int) -> int: ...\n{last}"
+    edited = tmp_path / "layer.py"
+    edited.write_text(f"{old}\n\ndef of_peft(value: Optional[int]) -> None: ...\n")
+    assert series.merge(edited, old, new)
+    assert edited.read_text() == f"{imports}{new}\n\ndef of_peft(value: Optional[int]) -> None: ...\n"
+    assert "F821" not in undefined_names([edited])

@@ -244,10 +244,10 @@ def without_imports(code: str, statements: set[str]) -> str:
 def merge(edited: Path, old: str, new: str) -> bool:
     """
     Merge what has changed between two versions of our module into the file of PEFT with its edits. Returns whether it
-    could be merged. Imports are merged name by name, because their lines stand close together.
+    could be merged. New imports are added name by name, because their lines stand close together. Imports that ours no
+    longer has stay, because PEFT's code may use them.
     """
     before, after = imports_of(old).keys(), imports_of(new).keys()
-    edited.write_text(without_imports(edited.read_text(), before - after))
     versions = {edited.with_suffix(".old"): old, edited.with_suffix(".new"): new}
     for path, version in versions.items():
         path.write_text(without_imports(version, before | after))
