@@ -37,6 +37,7 @@ TESTS = [
     "test_exactness.py",
     "test_rank_allocator.py",
     "test_skipped_steps.py",
+    "test_decoupled_regularization.py",
 ]
 
 
@@ -232,6 +233,22 @@ MUTANTS = [
     Mutant(
         "round the factors to the weight's precision, where a GPU multiplies",
         (Edit("low_precision.py", "torch.cat([high, matrix - high])", "torch.cat([high, torch.zeros_like(high)])"),),
+    ),
+    Mutant(
+        "orthogonalize all factors by the same learning rate",
+        (Edit("regularization.py", "torch.as_tensor(trained[index][1])", "torch.as_tensor(trained[0][1])"),),
+        first="test_decoupled_regularization.py",
+    ),
+    Mutant(
+        "add the term to the loss although it is decoupled",
+        (
+            Edit(
+                "model.py",
+                "if adapter_name is None or self.peft_config[adapter_name].orth_reg_decoupled:",
+                "if adapter_name is None:",
+            ),
+        ),
+        first="test_decoupled_regularization.py",
     ),
 ]
 
