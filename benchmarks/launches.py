@@ -36,7 +36,6 @@ GBPS, TFLOPS, FLOAT32_TFLOPS, LAUNCH_SECONDS = 3000.0, 700.0, 50.0, 4.5e-6
 # They return something new, without work.
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach"}
 NO_LAUNCH |= {"lift_fresh", "_local_scalar_dense"}
-GOAL = 400
 
 
 def is_launch(operation: Any) -> bool:
@@ -201,8 +200,7 @@ def tables(settings: Settings) -> Iterator[Table]:
                 ratios = {
                     f"/ {other}": prices[name] / prices[other] if other in prices else None for other in (STOCK, DORA)
                 }
-                goal = f"≤ {GOAL}" if name == ADADORA else None
-                rows.append({"weights": kind, "tokens": tokens, "variant": name, **count, **ratios, "to reach": goal})
+                rows.append({"weights": kind, "tokens": tokens, "variant": name, **count, **ratios})
     yield Table(
         "launches",
         "Launches of a training step on a GPU, counted and not timed",

@@ -52,8 +52,7 @@ def block_case(bench):
 def tables(bench):
     spread = bench.timing.Spread((4.0, 1.0, 2.0))
     rows = [
-        {"size": size, "AdaLoRA (ms)": spread, "AdaDoRA": spread, "kept (MiB)": 0.5, "to reach": None}
-        for size in (1, 2)
+        {"size": size, "AdaLoRA (ms)": spread, "AdaDoRA": spread, "kept (MiB)": 0.5, "note": None} for size in (1, 2)
     ]
     return [
         bench.report.Table("made-up", "Made up", rows, "A note.", plot="bars"),
@@ -260,13 +259,13 @@ def test_a_table_becomes_markdown(tables):
     lines = tables[0].markdown().splitlines()
     assert lines[0] == "## Made up"
     assert lines[2] == "A note."
-    assert lines[4] == "| size | AdaLoRA (ms) | AdaDoRA | kept (MiB) | to reach |"
+    assert lines[4] == "| size | AdaLoRA (ms) | AdaDoRA | kept (MiB) | note |"
     assert lines[6] == "| 1 | 2.000 (1.500–3.000) | 2.000 (1.500–3.000) | 0.500 |  |"
 
 
 def test_a_table_becomes_csv_with_the_medians(bench, tables):
     header, first = tables[0].csv().splitlines()[:2]
-    assert header == "size,AdaLoRA (ms),AdaDoRA,kept (MiB),to reach"
+    assert header == "size,AdaLoRA (ms),AdaDoRA,kept (MiB),note"
     assert first == "1,2.000,2.000,0.500,"
     assert bench.report.Table("", "", [{"norm": "|W|", "runs": "1, 2"}]).csv() == 'norm,runs\n|W|,"1, 2"\n'
 
