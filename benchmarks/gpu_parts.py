@@ -157,7 +157,7 @@ class Turns:
         return milliseconds(self.seconds(name)) if self.phases.get(name) else None
 
     def ratio(self, name: str, reference: str) -> Optional[Spread]:
-        """As many times as long as the reference, if both were timed."""
+        """The time relative to the reference, if both were timed."""
         if not self.phases.get(name) or not self.phases.get(reference):
             return None
         return ratio(self.seconds(name), self.seconds(reference))

@@ -56,7 +56,7 @@ def tables(settings: Settings) -> Iterator[Table]:
         with DoraCaching():  # around all rounds, because AdaDoRA starts anew in the next one
             seconds = measure(steps, settings)
         caching_rows.append(row(case, seconds))
-    note = "As many times as long as AdaLoRA, median (quartiles) of the rounds."
+    note = "Times are relative to AdaLoRA's: median (quartiles) of the rounds."
     yield Table("layer-training", "One layer, training step", training_rows, note, plot="bars")
     title = "One layer, forward pass without gradients"
     yield Table("layer-forward", title, forward_rows, note, plot="bars")

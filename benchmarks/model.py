@@ -98,8 +98,8 @@ def tables(settings: Settings) -> Iterator[Table]:
         "model",
         "Llama, all linear layers adapted",
         [case_row for case in cases(settings) for case_row in case_rows(case, settings)],
-        "As many times as long as AdaLoRA, median (quartiles) of the rounds. The loss of the AdaLoRA variants holds "
-        "AdaLoRA's regularization, that of DoRA does not; a block has no loss. The roofline is what the operations "
-        "and the bytes of AdaLoRA take at the rates given by `--tflops` and `--gbps`.",
+        "Times are relative to AdaLoRA's: median (quartiles) of the rounds. The loss of the AdaLoRA variants holds "
+        "AdaLoRA's regularization, and DoRA's does not; a block has no loss. The roofline is the time of AdaLoRA's "
+        "operations and bytes at the rates given by `--tflops` and `--gbps`.",
         plot="bars",
     )

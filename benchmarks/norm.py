@@ -78,7 +78,7 @@ def tables(settings: Settings) -> Iterator[Table]:
         name="norm",
         title="The norm alone",
         rows=rows,
-        note="How many times as long as from the factors the others take, median (quartiles) of the rounds; the "
-        "published figure is dense over factored from PEFT's pull request 3387.",
+        note="Times are relative to the norm from the factors: median (quartiles) of the rounds. The published "
+        "figure is dense over factored from PEFT's pull request 3387.",
         plot="bars",
     )

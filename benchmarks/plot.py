@@ -31,7 +31,7 @@ def draw_bars(figure: Any, table: Table) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"times as long as {reference}")
+    axes.set_xlabel(f"time relative to {reference}")
     axes.set_yticks(range(len(table.rows)), [row_label(row) for row in table.rows])
     axes.invert_yaxis()
     axes.set_title(table.title)

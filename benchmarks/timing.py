@@ -142,7 +142,7 @@ def milliseconds(seconds: Sequence[float]) -> Spread:
 
 
 def ratio(seconds: Sequence[float], reference: Sequence[float]) -> Spread:
-    """How many times as long as the reference, round by round, in the rounds that both took part in."""
+    """The time relative to the reference, round by round, in the rounds that both took part in."""
     return Spread(tuple(value / by for value, by in zip(seconds, reference)))
 
 
