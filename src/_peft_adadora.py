@@ -67,7 +67,7 @@ class OverlayFinder:
         version = getattr(peft, "__version__", "unknown")
         reason = why_off(version, getattr(peft, "__file__", None))
         if name == "peft.tuners.adalora" and not is_tested(version):  # one warning is enough
-            outcome = "its AdaLoRA is the tested one, so AdaDoRA is on and its first adapter is checked by value."
+            outcome = "its AdaLoRA files equal the tested ones, so AdaDoRA is on and checks its first adapter."
             if reason is not None:
                 outcome = (
                     f"{reason}, so AdaDoRA is off and PEFT runs unchanged: it will refuse use_dora_adaptive as an "

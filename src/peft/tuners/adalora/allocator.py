@@ -42,7 +42,7 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 class RankAllocator(stock.RankAllocator):
     """
-    PEFT's rank allocator, whose scores and ranks it has bit for bit. Magnitudes take no part in the importance.
+    PEFT's rank allocator, with the same scores and ranks bit for bit. Magnitudes take no part in the importance.
 
     Each process keeps the averages of its own shards of sharded parameters. The scores are sums over all processes, so
     they are the same on each, and round in another order than the scores of full parameters.
@@ -52,7 +52,7 @@ class RankAllocator(stock.RankAllocator):
     """
 
     kept: Optional[dict[str, list[bool]]] = None
-    expects_regularization = True  # until a backward pass has reached AdaLoRA's, or a warning says that none does
+    expects_regularization = True  # until a gradient of the term has arrived, or a warning says that none did
     _captured: Optional[sharding.GradientCapture] = None
     _has_seen_finite: bool | torch.Tensor = True  # whether the averages have; a tensor until the host reads it
     _forwards = 0
@@ -127,7 +127,7 @@ class RankAllocator(stock.RankAllocator):
             update_scores_(scores, new, finite, self.beta1, self.beta2)
 
     def _score(self, kind: str, name: str, value: torch.Tensor) -> torch.Tensor:
-        """What this process holds of `ipt` or of an average, which is in dtype, device and shards like the factor."""
+        """This process's part of `ipt` or of an average, with the dtype, device and shards of the factor `value`."""
         scores = getattr(self, kind)
         score = scores[name].to(value.device, value.dtype) if name in scores else torch.zeros_like(value)
         scores[name] = sharding.shard_like(score, value)
@@ -177,7 +177,7 @@ class RankAllocator(stock.RankAllocator):
 
     @torch.no_grad()
     def mask_using_rank_pattern(self, model: nn.Module, rank_pattern: dict[str, list[bool] | torch.Tensor]) -> None:
-        """Set the singular values that a rank pattern, with or without the adapter's name, prunes to zero."""
+        """Set the singular values that a rank pattern prunes to zero. Its keys may lack the adapter's name."""
         layers = adapted_layers(model, self.adapter_name)
         groups = defaultdict(list)
         for key, kept in rank_pattern.items():
@@ -231,7 +231,7 @@ class RankAllocator(stock.RankAllocator):
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """
-        Go on from the averages of another allocator's `state_dict`.
+        Continue from the averages in another allocator's `state_dict`.
 
         Raises:
             `ValueError`: If it is the state of another adapter or model; nothing has changed then.

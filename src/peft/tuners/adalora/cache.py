@@ -15,7 +15,7 @@
 """m / n of each layer, cached while `generate()` of the model or PEFT's `DoraCaching()` lasts, and no longer.
 
 The cache belongs to the call of `generate()` or to the use of `DoraCaching()`, not to the layers. EMA libraries, SWA
-and much of PEFT write weights through `.data`, which shows in no counter, so nothing may outlast these two.
+and much of PEFT write weights through `.data`, which no version counter records, so no value may outlive the two.
 """
 
 from collections.abc import Callable, Iterator

@@ -117,9 +117,9 @@ class AdaLoraCallback(ResumableCallback):
 @torch.no_grad()
 def upcast_magnitudes(module: torch.nn.Module) -> None:
     """
-    Make magnitudes over a quantized weight float32 that were cast to a low precision, in which the steps of an
-    optimizer are lost. TRL's trainers cast them (https://github.com/huggingface/trl/issues/7268). Warn if they had
-    learned, because the cast has rounded that.
+    Cast magnitudes over a quantized weight back to float32. TRL's trainers cast them to bfloat16, which loses small
+    optimizer steps (https://github.com/huggingface/trl/issues/7268). Warn if they were trained before the cast,
+    because it has rounded them.
     """
     is_quantized = getattr(module, "quantization_backend", None) is not None
     for magnitude in getattr(module, "lora_magnitude", torch.nn.ParameterDict()).values() if is_quantized else ():

@@ -50,9 +50,9 @@ def update_scores_(
     scores: Sequence[Tensors], importance: Tensors, finite: torch.Tensor | bool, beta1: float, beta2: float
 ) -> None:
     """
-    One step, if the gradients are finite, of the importance |w · ∂L/∂w| of each entry and of the exponential moving
-    averages of it and of its deviation from the average. `scores` has the tensors of each of the three, `importance`
-    the new ones.
+    Update the scores of each entry by one step, unless a gradient is not finite. `scores` has three lists of tensors:
+    the importance |w · ∂L/∂w|, its exponential moving average, and the moving average of its deviation from that
+    average. `importance` has the new importance.
     """
     if finite is False:
         return

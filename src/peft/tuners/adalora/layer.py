@@ -179,7 +179,7 @@ def _on_device(param: nn.Parameter, device: torch.device) -> nn.Parameter:
 
 @contextmanager
 def preserve_requires_grad(layers: Iterable[AdaLoraLayer], adapter_name: str) -> Iterator[None]:
-    """A context in which PEFT may cast an adapter: it makes trained parameters of all that it casts."""
+    """A context that keeps `requires_grad` while PEFT casts an adapter, which makes all its parameters trainable."""
     parts = [part for layer in layers for part in (layer.lora_A, layer.lora_E, layer.lora_B, layer.ranknum)]
     requires_grad = [part[adapter_name].requires_grad for part in parts]
     yield
@@ -191,8 +191,8 @@ class AdaDoraForward:
     """
     The forward pass of a layer: with an AdaDoRA adapter if it has one in use, and as PEFT's otherwise.
 
-    As the first base it also gives the layer the memory layout of any `nn.Module`, so that FSDP2's `fully_shard` can
-    change its class. The layout of `abc.ABC`, the first base of `AdaLoraLayer`, is another one.
+    It has to be the first base class. It gives the layer the memory layout of `nn.Module`, so that FSDP2's
+    `fully_shard` can change the layer's class. `abc.ABC`, the first base of `AdaLoraLayer`, has another layout.
     """
 
     # PEFT's layers of bitsandbytes derive from our AdaLoraLayer behind nn.Module
@@ -209,8 +209,8 @@ class SVDLinear(AdaDoraForward, AdaLoraLayer, stock.SVDLinear):
     """
     PEFT's linear layer with an AdaLoRA adapter, which can also be an AdaDoRA adapter.
 
-    `use_dora_adaptive` (`bool`, *optional*) says whether it is; if `None`, the configuration does. The other arguments
-    are PEFT's. Raises a `NotImplementedError` as [`check_magnitude_support`].
+    `use_dora_adaptive` (`bool`, *optional*) says whether the adapter is AdaDoRA; if `None`, the configuration decides.
+    The other arguments are PEFT's. Raises a `NotImplementedError` as [`check_magnitude_support`].
     """
 
     def __init__(

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Weights of an adapter for saving and loading: E and the shapes alone tell the ranks."""
+"""Prepare the weights of an adapter for saving and loading. E and the shapes alone decide the ranks."""
 
 import warnings
 from typing import Optional

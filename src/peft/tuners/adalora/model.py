@@ -55,8 +55,8 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Adds the orthogonality term to the loss as PEFT does, unless it is decoupled. For an AdaDoRA adapter only in
-        training mode, and not while the adapter is disabled or another one is active.
+        Add the orthogonality term to the loss as PEFT does, unless the regularization is decoupled. The term of an
+        AdaDoRA adapter is added only in training mode, and only while this adapter is active.
         """
         adapter_name = self._adapter_in_training()
         if adapter_name is None or self.peft_config[adapter_name].orth_reg_decoupled:
@@ -73,7 +73,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         return outputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the base model, which computes m / n of each layer once."""
+        """Call `generate` of the base model, and compute m / n of each layer only once for it."""
         with generation():
             return self.model.generate(*args, **kwargs)
 
@@ -185,9 +185,16 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def update_and_allocate(self, global_step: int, optimizer: Optional[torch.optim.Optimizer] = None) -> None:
         """
-        PEFT's method, for the step `global_step`, counted from 0, after the optimizer's step. Pass the optimizer if
-        the regularization is decoupled, or if it keeps further weights, as schedule-free ones do. Raises, before any
-        change, a `ValueError` without a gradient, and as [`check_allocation`] and [`factors_to_orthogonalize`].
+        Update the importance scores and prune. Call it after `optimizer.step()` and before `optimizer.zero_grad()`.
+
+        Args:
+            global_step (`int`): The optimizer step, counted from 0.
+            optimizer (`torch.optim.Optimizer`, *optional*): Needed for the decoupled regularization, and for an
+                optimizer that keeps further weights, as schedule-free ones do.
+
+        Raises:
+            `ValueError`: If no factor has a gradient, and as [`check_allocation`] and [`factors_to_orthogonalize`].
+                Nothing has changed then.
         """
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
@@ -206,8 +213,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
     ) -> None:
         """
-        Drop the triplets that a rank pattern does not keep, by names of `lora_E` with or without the adapter's name.
-        Learned magnitudes and dtypes of AdaDoRA stay.
+        Drop the triplets that a rank pattern does not keep. Its keys are names of `lora_E`, with or without the
+        adapter's name. AdaDoRA adapters keep their magnitudes and dtypes.
         """
         layers = adapted_layers(self.model, adapter_name)
         if not any(

@@ -14,8 +14,8 @@
 
 """Quantized weights by blocks of rows, which PEFT's backends lack: they dequantize a weight all at once.
 
-[`resolve_backend`] gives PEFT's `QuantizationBackend` of a layer, with `get_base_rows` where the rows can be had one
-by one.
+[`resolve_backend`] returns PEFT's `QuantizationBackend` of a layer, with a method `get_base_rows` if single rows can
+be dequantized.
 """
 
 import copy
@@ -59,7 +59,7 @@ def resolve_backend(base_layer: nn.Module) -> Optional[QuantizationBackend]:
 
 
 def learn_how_to_quantize(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Tell the layers whose weights torchao has quantized how to do it again, as the config of the model says."""
+    """Give layers with torchao weights the function of the model's config that quantizes again after a merge."""
     quantization_config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     how = getattr(quantization_config, "get_apply_tensor_subclass", None)
     for layer in layers:
@@ -153,8 +153,8 @@ class RowsOf4bit(Bnb4bitBackend):
 
 class RowsOfTorchao(TorchaoBackend):
     """
-    Weight-only quantization of torchao. `get_apply_tensor_subclass` gives the way to quantize again; the model knows
-    it, or nobody (`None`).
+    Weight-only quantization of torchao. `get_apply_tensor_subclass` tells how to quantize again after a merge. It is
+    `None` if the model was loaded without a `TorchAoConfig`.
     """
 
     def get_base_rows(self, base_layer: nn.Module) -> Rows:

@@ -138,8 +138,8 @@ def factors_to_orthogonalize(
     factors = factors_of(adapted_layers(model, adapter_name).values(), adapter_name)
     if any(has_master_copy(factor) for factor, _ in factors):
         raise NotImplementedError(
-            "`orth_reg_decoupled=True` does not work with DeepSpeed, which trains copies of the factors; set it to "
-            "`False`."
+            "`orth_reg_decoupled=True` does not work with DeepSpeed, which trains copies of the factors; leave it "
+            "out, and set `orth_reg_weight` back to 0.5."
         )
     trained = [((factor, is_B), rates[factor]) for factor, is_B in factors if factor in rates]
     if not trained:

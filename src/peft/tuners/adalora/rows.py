@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Products and norms of a frozen weight in float32 or float64, without such a copy of the whole weight."""
+"""Products and norms of a frozen weight in float32 or float64, without a copy of the weight in that dtype."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext

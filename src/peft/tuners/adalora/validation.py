@@ -168,6 +168,7 @@ def check_allocation(tuner: Any, global_step: int) -> None:
         allocator.expects_regularization = False
         warnings.warn(
             "AdaLoRA's regularization has not reached the gradients, because the loss is not the model's own "
-            "`outputs.loss`, as in TRL's trainers, or the model returns none: set `task_type` and pass labels, or set "
+            "`outputs.loss`, as in TRL's trainers, or the model returns none. Set `orth_reg_decoupled=True` and "
+            "`orth_reg_weight=10` to regularize apart from the loss, set `task_type` and pass labels, or set "
             "`orth_reg_weight=0` to train without it."
         )
