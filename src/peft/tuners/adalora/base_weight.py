@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The frozen weight of an adapted layer, however it is stored: as it is, transposed, quantized, or sharded."""
+"""The frozen weight of an adapted layer, whether it is plain, transposed, quantized, offloaded or sharded."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -105,7 +105,7 @@ def cached(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that change with a weight: those that it wraps, or the weight itself."""
+    """The tensors that hold the values of a weight: the tensors that it wraps, or the weight itself."""
     if hasattr(weight, "__tensor_flatten__"):
         return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
     return [weight]

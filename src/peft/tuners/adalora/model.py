@@ -67,7 +67,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         outputs = self.model.forward(*args, **kwargs)
         in_use = (not layer.disable_adapters and adapter_name in layer.active_adapters for layer in layers)
         if not config.use_dora_adaptive or (self.training and any(in_use)):
-            # not an attribute of the model, of which a replica of DataParallel is a copy
+            # not an attribute of the model, because DataParallel copies the model for its replicas
             note = partial(setattr, self.rankallocator, "expects_regularization", False)
             add_orthogonality_loss(outputs, layers, adapter_name, config.orth_reg_weight, on_gradient=note)
         return outputs

@@ -88,8 +88,8 @@ def check_magnitude_support(module: nn.Module, name: str = "", fan_in_fan_out: O
         )
     if has_own_forward(module):
         raise NotImplementedError(
-            f"The forward pass of {where}, a {kind}, is not that of a plain layer, so it may not compute with the "
-            "stored weight; leave the module out of `target_modules`."
+            f"The forward pass of {where}, a {kind}, is not a known one, so it may not compute with the stored "
+            "weight; leave the module out of `target_modules`."
         )
     if fan_in_fan_out is not None and fan_in_fan_out != isinstance(module, Conv1D):
         stored = "is not stored transposed" if fan_in_fan_out else "is stored transposed"

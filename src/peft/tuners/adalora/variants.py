@@ -42,7 +42,7 @@ def check_sole_adapter(adapter_names: str | list[str], adadora_adapters: Contain
 
 @cached
 def row_scale(module: nn.Module, active_adapter: str, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """m / n (out, 1), float32 at least, with no gradient but that of m, given `module.update_factors`."""
+    """m / n (out, 1), given `module.update_factors`, in float32 or float64. Only m gets a gradient."""
     squared_norm = squared_adapted_row_norm(module.get_base_rows(), *factors)
     return magnitude_scale(module.lora_magnitude[active_adapter], squared_norm)
 
