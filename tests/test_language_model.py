@@ -311,6 +311,21 @@ def test_the_model_of_the_repository_is_that_of_its_summary_and_of_the_log(modul
     assert log and {record["weights"] for record in log.values()} == {checksum[:12]}
 
 
+def test_the_tables_of_the_docs_are_those_of_the_log(modules):
+    log = modules.adaptation.read_log(FOLDER / "adaptation.jsonl")
+    plan, docs = modules.adaptation_plan.Plan(), BENCHMARKS.parent / "docs/source"
+    assert modules.adaptation_results.missing(plan, log) is None
+    tables = {table.name: table for table in modules.adaptation_results.tables(plan, log)}
+    files = {path.stem.removeprefix("adaptation-"): path for path in (docs / "tables").glob("adaptation-*.csv")}
+    assert files.keys() == {"loss", "forgetting", "chosen"}
+    for name, path in files.items():
+        assert path.read_text(encoding="utf-8") == tables[name].csv()
+    page = (docs / "developer_guides/adadora_comparison.md").read_text().splitlines()
+    for name in tables.keys() - files.keys():
+        rows = [line for line in tables[name].markdown().splitlines() if line.startswith("| ")][2:]
+        assert len(rows) == len(tables[name].rows) and set(rows) <= set(page)
+
+
 @pytest.mark.parametrize("name", ["tweets", "captions", "reviews"])
 def test_no_test_document_is_trained_with_or_chosen_with(modules, name):
     if name == "reviews":

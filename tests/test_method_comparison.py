@@ -288,14 +288,14 @@ class TestPlan:
             return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
 
         rows = rows_of("docs/source/developer_guides/adadora_comparison.md")
-        by_task = {row[0]: [row[4], row[2]] for row in rows if len(row) == 5}
+        by_task = {row[0]: [row[4], row[2], row[5]] for row in rows if len(row) == 7}
         runs = collections.Counter()
         with (DOCS / "tables/compared.csv").open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 runs[row["task"]] += int(row["seeds"]) * (row["examples"] == "50")
         names = {"spoken vowels": "speakers", "movie reviews": "reviews"}
-        table = [row for row in rows_of("README.md") if len(row) == 3 and row[0][-1:].isdecimal()]
-        assert len(table) == 3
+        table = [row for row in rows_of("README.md") if len(row) == 4 and row[0][-1:].isdecimal()]
+        assert len(table) == 4
         for words, *differences in table:
             task, count = words.rsplit(", ", 1)
             task = names.get(task, task)

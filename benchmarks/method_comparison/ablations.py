@@ -262,14 +262,16 @@ SLOW_START = {
 DECOUPLED, WITHOUT = "decoupled regularization", "no regularization"
 UNTIL_PRUNING, FROM_PRUNING = "regularization until pruning", "regularization from pruning on"
 ORTHONORMAL = "orthonormal start, no regularization"
+SLOWER_HEAD = "learning rate of the classifier / 4"
 PEFT_WEIGHT = 0.5  # PEFT's default for the regularization
-# forms of the regularization; each has trials of its own
+# forms of the regularization, and what may stand in for one; each has trials of its own
 REGULARIZATIONS = {
     DECOUPLED: Decoupled(10.0),
     WITHOUT: Regularization(NO_REGULARIZATION),
     UNTIL_PRUNING: RegularizationInTurns(PEFT_WEIGHT, NO_REGULARIZATION),
     FROM_PRUNING: RegularizationInTurns(NO_REGULARIZATION, PEFT_WEIGHT),
     ORTHONORMAL: Together(OrthonormalStart(), Regularization(NO_REGULARIZATION)),
+    SLOWER_HEAD: LearningRate("classifier", 0.25),
 }
 # the decoupled regularization with one thing changed
 OF_DECOUPLED = {

@@ -139,6 +139,7 @@ def main(arguments: list[str]) -> None:
         log = execute_plan(plan, options.output / "adaptation.jsonl", options.model, options.jobs)
     for table in tables(plan, log):
         print(table.markdown(), flush=True)
+        (options.output / f"adaptation-{table.name}.csv").write_text(table.csv(), encoding="utf-8")
     print(missing(plan, log) or "All runs of the plan are in the log.")
     write_figure(plan, log, options.output / "adaptation.png")
 

@@ -32,11 +32,17 @@ CANDIDATES: tuple[Candidate, ...] = (
     (ADADORA, DECOUPLED),
 )
 # compared after all runs of those above
-LATER: tuple[Candidate, ...] = ((ADALORA, DECOUPLED), (ADALORA, WITHOUT), (ADADORA, WITHOUT))
+LATER: tuple[Candidate, ...] = ((ADALORA, DECOUPLED),)
 # at one rank, and compared with this
 REFERENCE: Candidate = (ADADORA, DECOUPLED)
 CHANGED: tuple[Candidate, ...] = tuple((ADADORA, name) for name in OF_DECOUPLED)
-FORMS: tuple[Candidate, ...] = ((ADADORA, UNTIL_PRUNING), (ADADORA, FROM_PRUNING), (ADADORA, ORTHONORMAL))
+FORMS: tuple[Candidate, ...] = (
+    (ADALORA, WITHOUT),
+    (ADADORA, WITHOUT),
+    (ADADORA, UNTIL_PRUNING),
+    (ADADORA, FROM_PRUNING),
+    (ADADORA, ORTHONORMAL),
+)
 TEXTS = ("tweets", "captions", "reviews")
 
 

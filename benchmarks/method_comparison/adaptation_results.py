@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from ablations import DECOUPLED, WITHOUT
+from ablations import DECOUPLED
 from adaptation_plan import FINAL_RANK, REFERENCE, UNADAPTED, Plan
 from plan import RANK, Candidate, Log
 from report import Table
@@ -94,7 +94,7 @@ def interval(values: Interval) -> str:
 
 def name_of(candidate: Candidate) -> str:
     method, ablation = candidate
-    return ", ".join(filter(None, (method, {DECOUPLED: "decoupled", WITHOUT: "no term"}.get(ablation, ablation))))
+    return ", ".join(filter(None, (method, {DECOUPLED: "decoupled"}.get(ablation, ablation))))
 
 
 def complete(plan: Plan, log: Log) -> list[tuple[Losses, int]]:
@@ -139,10 +139,6 @@ COMPARISONS: tuple[tuple[Candidate, Candidate], ...] = (
     ((ADADORA, DECOUPLED), (ADADORA, None)),
     ((ADADORA, DECOUPLED), (ADALORA, DECOUPLED)),
     ((ADALORA, DECOUPLED), (ADALORA, None)),
-    ((ADALORA, WITHOUT), (ADALORA, None)),
-    ((ADADORA, WITHOUT), (ADADORA, None)),
-    ((ADADORA, WITHOUT), (ADADORA, DECOUPLED)),
-    ((ADADORA, WITHOUT), (ADALORA, WITHOUT)),
 )
 
 
@@ -164,15 +160,17 @@ def summary_row(done: list[tuple[Losses, int]], this: Candidate, reference: Cand
 
 
 def changed_rows(plan: Plan, done: list[tuple[Losses, int]]) -> list[dict[str, Any]]:
-    """The differences to `REFERENCE` at the first rank of what was run at that rank alone."""
+    """The differences to `REFERENCE` at the first rank, also of what was run at that rank alone."""
     first = [losses for losses, rank in done if rank == plan.ranks[0]]
+    others = (candidate for candidate in plan.candidates + plan.later if candidate != REFERENCE)
     rows = [
         {
-            "AdaDoRA with": candidate[1],
-            "trials": "its own" if candidate in plan.forms else "",
-            **{losses.text: compared(losses, plan.ranks[:1], candidate, REFERENCE) for losses in first},
+            "method": method,
+            "changed": change or "",
+            "trials": "of the reference" if (method, change) in plan.changed else "its own",
+            **{losses.text: compared(losses, plan.ranks[:1], (method, change), REFERENCE) for losses in first},
         }
-        for candidate in plan.changed + plan.forms
+        for method, change in (*others, *plan.forms, *plan.changed)
     ]
     return [row for row in rows if any(row[losses.text] for losses in first)]
 
@@ -198,7 +196,6 @@ def tables(plan: Plan, log: Log) -> list[Table]:
     if not done:
         return []
     candidates = begun(done)
-    changed = changed_rows(plan, done)
     pairs = [(candidate, candidates[0]) for candidate in candidates[1:]]
     pairs += [pair for pair in COMPARISONS if set(pair) <= set(candidates)]
     intervals = "Differences with 95 % intervals (paired bootstrap over seeds and documents); less is better."
@@ -215,7 +212,12 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             [summary_row(done, *pair) for pair in pairs],
             "A row of the table above is better if its interval lies below 0, and worse if above.",
         ),
-        *[Table("changed", f"Less {name_of(REFERENCE)}, rank {plan.ranks[0]}", changed, intervals)] * bool(changed),
+        Table(
+            "changed",
+            f"Held-out loss per token at rank {plan.ranks[0]} less that of {name_of(REFERENCE)}",
+            changed_rows(plan, done),
+            intervals,
+        ),
         Table(
             "forgetting",
             "Held-out loss per token of the old text after adaptation",

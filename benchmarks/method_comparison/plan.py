@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Optional
 
-from ablations import ABLATIONS, DECOUPLED, LORAPLUS, SLOW_START, TUNED, WITHOUT
+from ablations import ABLATIONS, DECOUPLED, LORAPLUS, SLOW_START, SLOWER_HEAD, TUNED, WITHOUT
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run
 
 
@@ -25,8 +25,9 @@ RANK = 4
 # LoRA+ tries the learning rates alone, and has more seeds, because its two groups may differ by little
 LORAPLUS_FINALISTS = 2
 LORAPLUS_SEEDS = 8
-# besides AdaDoRA's decoupled regularization; at one rank
-OTHER_REGULARIZATIONS = ((ADALORA, DECOUPLED), (ADADORA, WITHOUT))
+BOTH_DECOUPLED = ((ADADORA, DECOUPLED), (ADALORA, DECOUPLED))
+# at one rank
+OTHER_REGULARIZATIONS = ((ADADORA, WITHOUT), (ADADORA, SLOWER_HEAD))
 CHOSEN_ON = "headlines and digits"  # by the accuracy and loss of validation examples, 50 steps, 2 seeds
 
 
@@ -186,7 +187,7 @@ class Plan:
         for cell in self.judged:
             yield from self.comparison(log, cell, [(ADADORA, name) for name in self.mends(log)])
         for cell in self.decoupled:
-            yield from self.comparison(log, cell, [(ADADORA, DECOUPLED)])
+            yield from self.comparison(log, cell, BOTH_DECOUPLED)
         for cell in self.regularized:
             yield from self.comparison(log, replace(cell, ranks=(RANK,)), OTHER_REGULARIZATIONS)
         for cell in self.loraplus:
@@ -225,7 +226,7 @@ FULL = Plan(
         Cell("digits", 200, steps=50, ranks=(RANK,), seeds=5),
     ),
     judged=(TWEETS, SPEAKERS, PARAPHRASES),
-    decoupled=(REVIEWS, TWEETS, SPEAKERS),
+    decoupled=(REVIEWS, TWEETS, SPEAKERS, PARAPHRASES),
     regularized=(REVIEWS, TWEETS),
 )
 QUICK = Plan(

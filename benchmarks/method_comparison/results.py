@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from ablations import ABLATIONS, ADAPTER, DECOUPLED, LORAPLUS, LORAPLUS_RATIO, SLOW_START, TUNED, layers
 from counters import peak_bytes
-from plan import CHOSEN_ON, LORAPLUS_SEEDS, OTHER_REGULARIZATIONS, RANK, Candidate, Cell, Log, Plan
+from plan import BOTH_DECOUPLED, CHOSEN_ON, LORAPLUS_SEEDS, OTHER_REGULARIZATIONS, RANK, Candidate, Cell, Log, Plan
 from report import Table
 from training import ADADORA, ADALORA, DORA, LORA, METHODS, Run, Training
 
@@ -198,6 +198,7 @@ def decoupled_row(plan: Plan, log: Log, cell: Cell, rank: int) -> dict[str, Any]
     """AdaDoRA with the decoupled regularization, and how much more accurate it is than the methods."""
     runs = plan.compared(log, cell, ADADORA, rank, DECOUPLED)
     references = {name: plan.compared(log, cell, name, rank) for name in (LORA, DORA, ADALORA, ADADORA)}
+    references[f"{ADALORA}, decoupled"] = plan.compared(log, cell, ADALORA, rank, DECOUPLED)
     return {
         **labels(cell),
         "rank": rank,
@@ -212,7 +213,7 @@ def regularization_rows(plan: Plan, log: Log, cell: Cell) -> list[dict[str, Any]
     """AdaLoRA and AdaDoRA with each form of the regularization, at one rank."""
     lora = plan.compared(log, cell, LORA, RANK)
     rows = []
-    for method, name in ((ADALORA, None), (ADADORA, None), (ADADORA, DECOUPLED), *OTHER_REGULARIZATIONS):
+    for method, name in ((ADALORA, None), (ADADORA, None), *BOTH_DECOUPLED, *OTHER_REGULARIZATIONS):
         where = replace(cell, ranks=(RANK,)) if (method, name) in OTHER_REGULARIZATIONS else cell
         runs, term = plan.compared(log, where, method, RANK, name), plan.compared(log, cell, method, RANK)
         rows.append(
@@ -427,9 +428,15 @@ def tables(plan: Plan, log: Log) -> list[Table]:
                     {
                         f"{ADADORA} − {name}": pairs(plan, log, plan.decoupled, (ADADORA, DECOUPLED), (name, None))
                         for name in REFERENCES
+                    }
+                    | {
+                        f"{ADADORA} − {ADALORA}, decoupled": pairs(plan, log, plan.decoupled, *BOTH_DECOUPLED),
+                        f"{ADALORA}, decoupled − {ADALORA}": pairs(
+                            plan, log, plan.decoupled, (ADALORA, DECOUPLED), (ADALORA, None)
+                        ),
                     },
                 ),
-                f"50 training examples. The weight of 10 was chosen on {CHOSEN_ON}.",
+                f"50 training examples, 200 of paraphrases. The weight of 10 was chosen on {CHOSEN_ON}.",
             ),
             Table(
                 "decoupled",
@@ -468,7 +475,7 @@ def tables(plan: Plan, log: Log) -> list[Table]:
             "Settings chosen",
             [chosen_row(plan, log, cell, method) for cell in plan.cells for method in METHODS]
             + [chosen_row(plan, log, cell, ADADORA, change) for cell in plan.judged for change in plan.mends(log)]
-            + [chosen_row(plan, log, cell, ADADORA, DECOUPLED) for cell in plan.decoupled],
+            + [chosen_row(plan, log, cell, *candidate) for cell in plan.decoupled for candidate in BOTH_DECOUPLED],
             f"Accuracy on the validation examples in per cent: of all trials at rank {RANK}, and of a second run of "
             "the best at the highest rank. The trials are learning rates of "
             f"{', '.join(dict.fromkeys(f'{lr:g}' for lr, _, _ in plan.trials))}, each with a scale of "
