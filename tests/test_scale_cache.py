@@ -280,6 +280,17 @@ def test_no_caching_outlasts_the_context_it_was_made_in():
             assert_right(layer)
 
 
+def test_caching_ends_with_the_outermost_of_two_uses_of_one_object():
+    with DoraCaching(enabled=False):
+        layer, caching = make_layer(16, 20, 4).eval(), DoraCaching()
+        with caching, torch.no_grad():
+            with caching:
+                layer(X)
+        output_of(layer)
+        layer.lora_magnitude["default"].data.mul_(3)
+        assert_right(layer)
+
+
 def test_what_is_kept_in_inference_mode_can_be_trained_with_afterwards():
     layer = make_layer(16, 20, 4).eval()
     with torch.inference_mode():

@@ -32,6 +32,7 @@ class DoraCaching(stock.DoraCaching):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         swap_cache(self.cache_before)
+        self.cache_before = None  # as PEFT: the outermost of several uses of one object ends caching
 
     def __call__(self, enabled: bool = True) -> None:
         super().__call__(enabled)
