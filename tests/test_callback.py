@@ -476,6 +476,21 @@ class TestCheckpoint:
         assert trainer.state.global_step == STEPS
 
     @pytest.mark.overlay
+    def test_a_checkpoint_whose_save_failed_is_set_aside_by_the_next_trainer_of_the_process(self, copy, monkeypatch):
+        def fail(*args, **kwargs):
+            raise OSError("No space left on device")
+
+        trainer = make_trainer(copy)
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "_save_optimizer_and_scheduler", fail)
+            with pytest.raises(OSError, match="No space left"):
+                trainer.train(resume_from_checkpoint=True)
+        with pytest.warns(UserWarning, match="checkpoint-12 is unfinished"):
+            trainer = make_trainer(copy)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == STEPS
+
+    @pytest.mark.overlay
     def test_a_folder_with_other_files_is_left_alone(self, copy):
         folder = copy / "checkpoint-12"
         folder.mkdir()

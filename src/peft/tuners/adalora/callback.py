@@ -64,6 +64,7 @@ class AdaLoraCallback(ResumableCallback):
             upcast_magnitudes(module)
         with args.main_process_first(local=False, desc="looking for unfinished checkpoints"):
             if args.process_index == 0:
+                self.unlock()
                 set_aside_unfinished_checkpoints(args.output_dir)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any, **__: Any) -> None:

@@ -19,7 +19,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -56,7 +56,7 @@ class ResumableCallback(TrainerCallback):
 
     tuner: Any = None
     _saved_step: int | None = None
-    _lock: int | None = None
+    _lock: ClassVar[int | None] = None  # of the process, so that the next Trainer can release it after a failed save
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         # before the Trainer writes: it deletes older checkpoints, and this one has to be complete by then
@@ -68,9 +68,15 @@ class ResumableCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if self._saved_step != state.global_step:
             self._save(args, state)  # an evaluation or a later callback requested the checkpoint
-        if self._lock is not None:
-            os.close(self._lock)
-        self._saved_step = self._lock = None
+        self._saved_step = None
+        self.unlock()
+
+    @staticmethod
+    def unlock() -> None:
+        """Release the lock on the checkpoint that this process has written last."""
+        if ResumableCallback._lock is not None:
+            os.close(ResumableCallback._lock)
+        ResumableCallback._lock = None
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         if args.save_only_model or state.is_hyper_param_search:
@@ -81,7 +87,8 @@ class ResumableCallback(TrainerCallback):
         if args.should_save:
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             os.makedirs(folder, exist_ok=True)
-            self._lock = self._lock or lock_folder(folder)
+            self.unlock()
+            ResumableCallback._lock = lock_folder(folder)
             path = os.path.join(folder, STATE_FILE)
             save_file({**tensors, "sha256": _checksum(tensors)}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
