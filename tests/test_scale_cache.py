@@ -283,9 +283,8 @@ def test_no_caching_outlasts_the_context_it_was_made_in():
 def test_caching_ends_with_the_outermost_of_two_uses_of_one_object():
     with DoraCaching(enabled=False):
         layer, caching = make_layer(16, 20, 4).eval(), DoraCaching()
-        with caching, torch.no_grad():
-            with caching:
-                layer(X)
+        with caching, torch.no_grad(), caching:
+            layer(X)
         output_of(layer)
         layer.lora_magnitude["default"].data.mul_(3)
         assert_right(layer)
