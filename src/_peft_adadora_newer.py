@@ -70,16 +70,13 @@ def check_values() -> None:
         return
     # a new thread ignores the caller's device, autocast, inference mode and tracers
     with _lock, ThreadPoolExecutor(1, THREAD) as executor:
-        if _passed:
-            return
-        comparison = executor.submit(follows_formula)
-        error = comparison.exception()
-        if error is not None:
+        try:
+            _passed = _passed or executor.submit(follows_formula).result()
+        except Exception as error:
             raise RuntimeError(
                 f"AdaDoRA does not work with peft {sys.modules['peft'].__version__}, which was not tested: {error}. "
                 f'Install a tested version: pip install "peft{TESTED_PEFT}"'
             ) from error
-        _passed = comparison.result()
 
 
 def follows_formula() -> bool:
