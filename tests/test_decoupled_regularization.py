@@ -132,6 +132,19 @@ def test_a_weight_of_zero_needs_no_optimizer_and_changes_no_factor():
     assert all(torch.equal(factor, before[name]) for name, factor in factors(model).items())
 
 
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_a_frozen_factor_stays_although_the_optimizer_has_it(part):
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for name, factor in factors(model).items():
+        factor.requires_grad_(part not in name)
+    before = {name: factor.detach().clone() for name, factor in factors(model).items()}
+    backward(model)
+    model.base_model.update_and_allocate(0, optimizer)
+    for name, factor in factors(model).items():
+        assert torch.equal(factor, before[name]) == (part in name)
+
+
 def test_a_negative_weight_is_refused():
     with pytest.raises(ValueError, match="orth_reg_weight=-1` is negative"):
         AdaLoraConfig(orth_reg_decoupled=True, orth_reg_weight=-1, total_step=10)

@@ -141,7 +141,8 @@ def factors_to_orthogonalize(
             "`orth_reg_decoupled=True` does not work with DeepSpeed, which trains copies of the factors; leave it "
             "out, and set `orth_reg_weight` back to 0.5."
         )
-    trained = [((factor, is_B), rates[factor]) for factor, is_B in factors if factor in rates]
+    # a frozen factor may be in the optimizer, which passes it over
+    trained = [((factor, is_B), rates[factor]) for factor, is_B in factors if factor.requires_grad and factor in rates]
     if not trained:
         raise ValueError(
             "`orth_reg_decoupled=True` needs the optimizer that trains the adapter; call `update_and_allocate(step, "
