@@ -1235,6 +1235,12 @@ class TestAfterTheAdapterInTrainingWasDeleted:
         assert str(error.value).endswith(".") and "\n" not in str(error.value)
         assert parameter_bytes(model) == before
 
+    def test_an_allocation_of_a_model_that_was_loaded_to_predict_is_refused_in_a_sentence(self, tmp_path):
+        run_of(20).model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(make_mlp(), tmp_path)
+        with pytest.raises(ValueError, match="no adapter in training.*is_trainable=True"):
+            model.base_model.update_and_allocate(0)
+
     @pytest.mark.parametrize("how", ["loaded", "added"])
     def test_a_new_adapter_is_trained_and_pruned(self, how, tmp_path):
         model = self.model_after(how, tmp_path)

@@ -142,13 +142,15 @@ def check_allocation(tuner: Any, global_step: int) -> None:
         global_step (`int`): The step, counted from 0.
 
     Raises:
-        `ValueError`: If the adapter is gone, if no ranks have been decided when the budget phase ends, or if the
-            adapter was loaded pruned.
+        `ValueError`: If there is no adapter in training, if no ranks have been decided when the budget phase ends, or
+            if the adapter was loaded pruned.
     """
-    adapter_name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
+    adapter_name = getattr(tuner, "trainable_adapter_name", None)
+    if adapter_name is None:
+        raise ValueError("The model has no adapter in training; load the adapter with `is_trainable=True`.")
     if adapter_name not in tuner.peft_config:
         raise ValueError(f"The adapter {adapter_name!r} that was in training has been deleted; add another to train.")
-    config = tuner.peft_config[adapter_name]
+    allocator, config = tuner.rankallocator, tuner.peft_config[adapter_name]
     last = config.total_step - config.tfinal
     can_decide = global_step < last or (global_step == last and allocator.has_averages())
     if config.use_dora_adaptive and not can_decide and not allocator.kept:
