@@ -290,3 +290,21 @@ def test_an_update_leaves_parameters_and_gradients_alone():
     for param, (value, gradient) in zip(params, before):
         assert torch.equal(param, value)
         assert torch.equal(param.grad, gradient)
+
+
+def test_plain_adalora_that_was_saved_pruned_loses_as_many_triplets_as_in_peft(tmp_path):
+    """PEFT subtracts the budget from the ranks that the config starts from, not from those that were loaded."""
+    model = make_net(use_dora_adaptive=False)
+    take_a_step(model, seed=1)
+    inner, allocator = model.base_model.model, model.base_model.rankallocator
+    allocator.update_ipt(inner)
+    model.peft_config["default"].rank_pattern = allocator.mask_to_budget(inner, 12)
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(make_net().unload(), tmp_path, is_trainable=True)
+    inner, allocator = loaded.base_model.model, loaded.base_model.rankallocator
+    restated = Restated(inner)
+    take_a_step(loaded, seed=2)
+    allocator.update_ipt(inner)
+    restated.update()
+    assert allocator.mask_to_budget(inner, 15) == restated.kept(12 - (18 - 15))

@@ -170,7 +170,8 @@ class RankAllocator(stock.RankAllocator):
         if self.kept is None or (budget < self.init_bgt and not self._is_pruned()):  # the first since a resume, too
             warn_of_uncalled_layers(adapted_layers(model, self.adapter_name), self.adapter_name, self.exp_avg_ipt)
         scores = triplet_scores(self.exp_avg_ipt, self.exp_avg_unc, self.name_set)
-        kept = keep_most_important(scores, budget)
+        # as PEFT, which takes it from the ranks that a plain adapter had before it was saved pruned, too
+        kept = keep_most_important(scores, self.init_bgt - budget)
         self.kept = {name % "lora_E": mask for name, mask in zip(self.name_set, kept)}
         self.mask_using_rank_pattern(model, self.kept)
         return self.kept

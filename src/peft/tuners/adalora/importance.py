@@ -109,14 +109,13 @@ def triplet_scores(averages: dict[str, torch.Tensor], uncertainties: dict[str, t
     return torch._foreach_add(of["lora_E"], torch._foreach_add(of["lora_A"], of["lora_B"]))
 
 
-def keep_most_important(scores: Tensors, count: int) -> list[list[bool]]:
+def keep_most_important(scores: Tensors, pruned: int) -> list[list[bool]]:
     """
-    Which triplets to keep, for each layer, so that `count` remain in all layers together. Ties with the last one that
-    is pruned are pruned too. `scores` has a tensor (r,) for each layer, in the dtype of the layer.
+    Which triplets to keep, for each layer, if `pruned` of all layers together go. Ties with the last one that is
+    pruned are pruned too. `scores` has a tensor (r,) for each layer, in the dtype of the layer.
     """
     # on the CPU, which has to know the result, and has a deterministic `kthvalue`
     together = torch.cat([score.to(scores[0].device) for score in scores]).cpu()
-    pruned = len(together) - count
     threshold = together.kthvalue(pruned)[0] if pruned else together.new_tensor(-torch.inf)
     # PEFT compares the scores of a layer with the threshold in the dtype of the layer
     of_layers = zip(together.split([len(score) for score in scores]), scores)
