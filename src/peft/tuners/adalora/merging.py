@@ -87,12 +87,10 @@ def check_merge(
 def overwrite_base_weight(layer: nn.Module, values: torch.Tensor) -> None:
     """Give a layer another weight: in place if possible, quantized or sharded like the old one."""
     weight = layer.get_base_layer().weight
-    if layer.quantization_backend is not None:
+    if layer.quantization_backend is not None or not (is_sharded(weight) or fills_storage(weight)):
         layer.set_base_weight(values)
     elif is_sharded(weight):
         copy_full_(weight, values)
-    elif not fills_storage(weight):
-        weight.data = values
     elif values.data_ptr() != weight.data_ptr():
         weight.copy_(values)
 
