@@ -112,9 +112,8 @@ class RowsOf4bit(Bnb4bitBackend):
         from bitsandbytes import functional as bnb
 
         weight = base_layer.weight
-        state = getattr(weight, "quant_state", None)
-        if state is None:
-            state = getattr(base_layer, "quant_state", None)  # the layer keeps what a sharded weight loses
+        # the layer keeps what a sharded weight loses
+        state = getattr(weight, "quant_state", None) or getattr(base_layer, "quant_state", None)
         if state is None:
             return weight.detach()  # not yet: bitsandbytes quantizes when a weight moves to a device
         packed, absmax, dtype = gather_full(weight.data), state.absmax, state.dtype

@@ -114,10 +114,9 @@ def warn_of_uncalled_layers(
     """
     called = defaultdict(dict)
     for name, layer in layers.items():
-        factors = {part: getattr(layer, part)[adapter_name] for part in FACTORS}
-        trained = {part: factor for part, factor in factors.items() if factor.requires_grad}
-        if "lora_E" in trained:  # A and B get gradients from the regularization without a forward pass
-            trained = {"lora_E": trained["lora_E"]}
+        # A and B get gradients from the regularization without a forward pass
+        parts = ["lora_E"] if layer.lora_E[adapter_name].requires_grad else FACTORS
+        trained = {part: factor for part in parts if (factor := getattr(layer, part)[adapter_name]).requires_grad}
         if trained:
             called[EXPERT.sub(r"\1*", name)][name] = any(
                 factor.grad is not None or bool(gather_full(averages[f"{name}.{part}.{adapter_name}"]).any())
