@@ -51,16 +51,14 @@ def file_difference(folder: str) -> Optional[str]:
 
 def check_before_first_adapter(*modules: ModuleType) -> None:
     """Make `check_magnitude_support` of the modules, which every new AdaDoRA adapter calls, run `check_values` too."""
+    original = modules[0].check_magnitude_support
 
-    def checked(function: Any) -> Any:
-        def check_magnitude_support(*args: Any, **kwargs: Any) -> None:
-            check_values()
-            function(*args, **kwargs)
-
-        return check_magnitude_support
+    def check_magnitude_support(*args: Any, **kwargs: Any) -> None:
+        check_values()
+        original(*args, **kwargs)
 
     for module in modules:
-        module.check_magnitude_support = checked(module.check_magnitude_support)
+        module.check_magnitude_support = check_magnitude_support
 
 
 def check_values() -> None:
