@@ -22,15 +22,7 @@ from torch import nn
 
 from .config import AdaLoraConfig
 from .importance import kept_triplets
-from .parameter_names import (
-    DIM_OF_RANK,
-    PREFIX,
-    WEIGHTS,
-    adapted_layers,
-    layer_of_E,
-    name_in_file,
-    unwrapped_name,
-)
+from .parameter_names import DIM_OF_RANK, PREFIX, WEIGHTS, adapted_layers, layer_of_E, name_in_file, unwrapped_name
 from .sharding import gather_full, has_master_copy, is_sharded
 
 

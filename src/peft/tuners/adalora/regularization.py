@@ -31,11 +31,7 @@ Factor = tuple[torch.Tensor, bool]  # A or B, and whether it is B, whose columns
 
 
 def add_orthogonality_loss(
-    outputs: Any,
-    layers: Collection[nn.Module],
-    adapter_name: str,
-    weight: float,
-    on_gradient: Callable[[], None],
+    outputs: Any, layers: Collection[nn.Module], adapter_name: str, weight: float, on_gradient: Callable[[], None]
 ) -> None:
     """
     Add `weight` times [`orthogonality_loss`] to the loss of a model's outputs, if they have one. A backward pass of
