@@ -84,7 +84,10 @@ def cached(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if needs_grad or (layer.training and not cache.in_training) or is_partitioned(weight):
             cache.pop(layer, None)  # a training step may follow, and a fused optimizer does not count its writes
             return compute(layer, adapter_name, factors)
-        tensors = [*_stored_tensors(weight), *params]
+        # those that the weight wraps, which change without it, or the weight itself
+        flatten = getattr(weight, "__tensor_flatten__", None)
+        stored = [getattr(weight, name) for name in flatten()[0]] if flatten else [weight]
+        tensors = [*stored, *params]
         key = adapter_name, layer.scaling[adapter_name], torch.is_inference_mode_enabled()
         try:
             state = [(tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()) for tensor in tensors]
@@ -102,10 +105,3 @@ def cached(compute: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return scale
 
     return cached_compute
-
-
-def _stored_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the values of a weight: the tensors that it wraps, or the weight itself."""
-    if hasattr(weight, "__tensor_flatten__"):
-        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
-    return [weight]
