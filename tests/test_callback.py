@@ -218,6 +218,21 @@ class TestSchedule:
         ]
         assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
 
+    @pytest.mark.parametrize("first", [1, 3, STEPS, 100])
+    def test_runs_of_one_model_each_scale_the_schedule_of_the_user(self, first, tmp_path):
+        schedules = {}
+        model = get_peft_model(make_llama(), make_adalora_config(total_step=100, tinit=20, tfinal=40, deltaT=1))
+        for steps in (first, STEPS):
+            arguments = make_arguments(tmp_path, max_steps=steps, save_strategy="no")
+            Trainer(model, arguments, train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()]).train()
+            config = model.peft_config["default"]
+            schedules[steps] = config.total_step, config.tinit, config.tfinal
+        assert schedules[STEPS] == (STEPS, 3, 7)
+        config.total_step, config.tinit, config.tfinal = 10, 5, 2  # a new schedule of the user
+        Trainer(model, arguments, train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()]).train()
+        config = model.peft_config["default"]
+        assert (config.total_step, config.tinit, config.tfinal) == (STEPS, 8, 4)
+
     @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
     def test_the_config_of_the_user_stays_as_it_is(self, use_dora_adaptive, tmp_path):
         config = make_adalora_config(use_dora_adaptive=use_dora_adaptive, total_step=1000)
@@ -233,6 +248,14 @@ class TestSchedule:
         trainer = Trainer(
             make_llama(), make_arguments(tmp_path), train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()]
         )
+        with pytest.raises(ValueError, match="needs a model with an AdaLoRA adapter to train"):
+            trainer.train()
+
+    def test_a_model_whose_adapter_in_training_was_deleted_is_refused(self, tmp_path):
+        model = get_peft_model(make_llama(), make_adalora_config())
+        model.add_adapter("reference", model.peft_config["default"])
+        model.delete_adapter("default")
+        trainer = Trainer(model, make_arguments(tmp_path), train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()])
         with pytest.raises(ValueError, match="needs a model with an AdaLoRA adapter to train"):
             trainer.train()
 
@@ -445,6 +468,28 @@ class TestResume:
         assert_same(
             everything_in(tmp_path / f"checkpoint-{STEPS}"), everything_in(uninterrupted / f"checkpoint-{STEPS}")
         )
+
+
+class TestResumeInTheSameProcess:
+    """A notebook goes on after an error, with the models and trainers of the run that it has ended."""
+
+    @pytest.mark.parametrize("same_trainer", [True, False])
+    def test_after_an_error_in_the_evaluation_of_a_step_that_saves(self, same_trainer, tmp_path):
+        def fail(prediction):
+            raise ZeroDivisionError
+
+        options = {"eval_dataset": RandomTokens(), "eval_strategy": "steps", "eval_steps": 9}
+        make_trainer(tmp_path / "whole", **options).train()
+        trainer = make_trainer(tmp_path / "failed", **options)
+        trainer.compute_metrics = fail
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        if not same_trainer:
+            trainer = make_trainer(tmp_path / "failed", **options)
+        trainer.compute_metrics = None
+        trainer.train(resume_from_checkpoint=True)
+        ends = [everything_in(tmp_path / name / f"checkpoint-{STEPS}") for name in ("failed", "whole")]
+        assert_same(*ends)
 
 
 @pytest.fixture(scope="module")

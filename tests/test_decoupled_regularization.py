@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import TARGETS, make_config, make_mlp, parameter_bytes, svd_layers
 from trainer_run import STEPS, RandomTokens, make_adalora_config, make_arguments, make_llama
-from transformers import Trainer
+from transformers import Adafactor, Trainer
 
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraCallback
@@ -122,6 +122,51 @@ def test_a_call_that_is_refused_changes_nothing(fault):
         model.base_model.update_and_allocate(0, None if fault == "no optimizer" else optimizer)
     assert parameter_bytes(model) == before
     assert not model.base_model.rankallocator.exp_avg_ipt
+
+
+def test_an_optimizer_without_a_learning_rate_is_refused_and_nothing_has_changed():
+    model = make_model()
+    optimizer = Adafactor(factors(model).values(), lr=None)  # which chooses one of its own
+    backward(model)
+    before = parameter_bytes(model)
+    with pytest.raises(ValueError, match="and its learning rate"):
+        model.base_model.update_and_allocate(0, optimizer)
+    assert parameter_bytes(model) == before
+    assert not model.base_model.rankallocator.exp_avg_ipt
+
+
+def test_factors_that_are_all_frozen_stay_although_the_optimizer_has_them():
+    model = make_model(init_lora_weights=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = {name: factor.detach().clone() for name, factor in factors(model).items()}
+    for factor in factors(model).values():
+        factor.requires_grad_(False)
+    for step in range(3):
+        backward(model)
+        optimizer.step()
+        model.base_model.update_and_allocate(step, optimizer)
+        optimizer.zero_grad()
+    assert all(torch.equal(factor, before[name]) for name, factor in factors(model).items())
+
+
+@pytest.mark.parametrize("step", [1, 15, 18], ids=["before pruning", "the last allocation", "after pruning"])
+@pytest.mark.parametrize("where", ["lora_A", "lora_magnitude"])
+def test_a_step_that_a_gradient_scaler_skips_moves_no_factor(where, step):
+    model = make_model()
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu")
+    for current in range(step + 1):
+        backward(model)
+        if current == step:
+            next(param for name, param in model.named_parameters() if where in name).grad.fill_(torch.inf)
+        before = {name: factor.detach().clone() for name, factor in factors(model).items()}
+        scaler.scale(torch.ones(()))  # which starts the scaler; the gradients are of a scale of 1
+        scaler.step(optimizer)
+        scaler.update()
+        model.base_model.update_and_allocate(current, optimizer)
+        moved = any(not torch.equal(factor, before[name]) for name, factor in factors(model).items())
+        assert moved is (current != step)
+        optimizer.zero_grad()
 
 
 def test_a_weight_of_zero_needs_no_optimizer_and_changes_no_factor():

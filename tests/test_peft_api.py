@@ -15,6 +15,7 @@ from peft import (
     PeftConfig,
     PeftMixedModel,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
@@ -149,7 +150,10 @@ def load_by_injection(folder):
     ],
     ids=["AutoPeftModel", "AutoModel", "load_adapter", "inject_adapter_in_model"],
 )
-def test_a_pruned_adapter_can_be_loaded_in_each_way_that_there_is(load, tmp_path):
+@pytest.mark.parametrize(
+    "saved", ["by the model", "by one to train that loaded it", "by one to predict that loaded it"]
+)
+def test_a_pruned_adapter_can_be_loaded_in_each_way_that_there_is(load, saved, tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
@@ -166,7 +170,14 @@ def test_a_pruned_adapter_can_be_loaded_in_each_way_that_there_is(load, tmp_path
         for name, param in model.named_parameters()
         if ".lora_E." in name
     }
-    model.save_pretrained(tmp_path / "adapter")
+    saving = model
+    if saved != "at once":
+        config = make_config(
+            target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", inference_mode="predict" in saved
+        )
+        saving = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+        set_peft_model_state_dict(saving, get_peft_model_state_dict(model))
+    saving.save_pretrained(tmp_path / "adapter")
     tokens = torch.randint(3, 64, (2, 7))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # such as PEFT's, that it ignores the ranks

@@ -491,6 +491,18 @@ class TestConfigs:
 
     @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
     @pytest.mark.parametrize("steps", [3, 10])
+    def test_saving_an_adapter_to_predict_writes_nothing_to_its_config(self, steps, save, tmp_path):
+        config = make_config(target_modules=TARGETS, inference_mode=True)
+        model = get_peft_model(make_mlp(), config)
+        set_peft_model_state_dict(model, weights_of(run_of(steps).model))
+        with torch.no_grad():
+            for layer in svd_layers(model).values():
+                layer.lora_E["default"][:1] = 0
+        save(model, tmp_path)
+        assert config.rank_pattern is None
+
+    @pytest.mark.parametrize("save", SAVES.values(), ids=SAVES)
+    @pytest.mark.parametrize("steps", [3, 10])
     def test_a_config_tells_the_ranks_of_the_last_allocation_and_not_of_a_save(self, steps, save, tmp_path):
         run = run_of(steps)
         save(run.model, tmp_path)
@@ -802,6 +814,23 @@ class TestLoadingIntoAnAdapterInTraining:
         run.train(1)
         expected = budget(steps) if steps <= 15 else sum(ranks_of(weights).values())
         assert sum(live_ranks(run.model).values()) == expected
+
+    @in_phases
+    @pytest.mark.parametrize("meanwhile", ["disabled", "another one active"])
+    def test_it_keeps_its_parameters_while_it_is_not_in_use(self, meanwhile, steps):
+        run = run_of(steps)
+        run.model.add_adapter("reference", run.model.peft_config["default"])
+        weights, output, before = weights_of(run.model), output_of(run.model), identities(run.model)
+        if meanwhile == "disabled":
+            with run.model.disable_adapter():
+                set_peft_model_state_dict(run.model, weights)
+        else:
+            run.model.set_adapter("reference")
+            set_peft_model_state_dict(run.model, weights)
+            run.model.set_adapter("default")
+        assert identities(run.model) == before
+        assert_near(output_of(run.model), output)
+        self.assert_trains_on(run, weights)
 
     @pytest.mark.parametrize("steps", [2, 8, 16])
     def test_federated_averaging(self, steps):

@@ -25,7 +25,7 @@ from torch import nn
 
 from . import sharding
 from . import stock_layer as stock
-from .importance import all_finite, keep_most_important, kept_triplets, triplet_scores, update_scores_
+from .importance import all_finite, gradients_of, keep_most_important, kept_triplets, triplet_scores, update_scores_
 from .parameter_names import FACTORS, adapted_layers, layer_of_E
 from .validation import warn_of_uncalled_layers
 
@@ -53,6 +53,7 @@ class RankAllocator(stock.RankAllocator):
 
     kept: Optional[dict[str, list[bool]]] = None
     expects_regularization = True  # until a gradient of the term has arrived, or a warning says that none did
+    finite: bool | torch.Tensor = True  # whether the gradients of the last `update_ipt` were
     _captured: Optional[sharding.GradientCapture] = None
     _has_seen_finite: bool | torch.Tensor = True  # whether the averages have; a tensor until the host reads it
     _forwards = 0
@@ -118,8 +119,7 @@ class RankAllocator(stock.RankAllocator):
             slopes = [torch.zeros_like(values[name]) if gradients[name] is None else gradients[name] for name in names]
             local = ([sharding.local_part(tensor) for tensor in each] for each in (map(values.get, names), slopes))
             importance[tuple(names)] = torch._foreach_abs(torch._foreach_mul(*local))
-        others = [param.grad for param in model.parameters() if param.grad is not None and not param.grad.is_sparse]
-        finite = all_finite([*others, *chain(*importance.values())])
+        self.finite = finite = all_finite([*gradients_of(model), *chain(*importance.values())])
         seen = self._has_seen_finite if self.exp_avg_ipt else False
         self._has_seen_finite = True if seen is True else finite | seen
         for names, new in importance.items():

@@ -139,7 +139,7 @@ def upcast_magnitudes(module: torch.nn.Module) -> None:
 def _tuner_of(model: torch.nn.Module) -> AdaLoraModel | SimpleNamespace:
     """The [`AdaLoraModel`] of the adapter in training. For an injected adapter, the parts that allocation needs."""
     for module in model.modules():
-        if isinstance(module, AdaLoraModel) and hasattr(module, "rankallocator"):
+        if isinstance(module, AdaLoraModel) and module._adapter_in_training() is not None:
             return module
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
@@ -151,19 +151,29 @@ def _tuner_of(model: torch.nn.Module) -> AdaLoraModel | SimpleNamespace:
 
 
 def _config_of_run(config: AdaLoraConfig, total_step: int) -> AdaLoraConfig:
-    """Copy a config and scale its schedule to `total_step` optimizer steps."""
+    """Copy a config and scale its schedule, or the one that an earlier run has scaled, to `total_step` steps."""
     copied = copy.copy(config)
-    copied.total_step, copied.saves_all_ranks = total_step, InCheckpoint()
-    if config.total_step != total_step:
-        # rounds up, so that a short run has a last allocation too
-        copied.tfinal = min(-(-config.tfinal * total_step // config.total_step), total_step - 1)
-        copied.tinit = min(config.tinit * total_step // config.total_step, total_step - copied.tfinal - 1)
+    copied.saves_all_ranks = InCheckpoint()
+    schedule = config.total_step, config.tinit, config.tfinal
+    if config.unscaled_schedule and _scaled(config.unscaled_schedule, config.total_step) == schedule:
+        schedule = config.unscaled_schedule
+    copied.unscaled_schedule = schedule
+    copied.total_step, copied.tinit, copied.tfinal = _scaled(schedule, total_step)
+    if schedule[0] != total_step:
         warnings.warn(
-            f"The AdaLoRA config has total_step={config.total_step} but this run takes {total_step} optimizer steps, "
-            f"so its schedule is scaled to tinit={copied.tinit} and tfinal={copied.tfinal} (from {config.tinit} and "
-            f"{config.tfinal})."
+            f"The AdaLoRA config has total_step={schedule[0]} but this run takes {total_step} optimizer steps, "
+            f"so its schedule is scaled to tinit={copied.tinit} and tfinal={copied.tfinal} (from {schedule[1]} and "
+            f"{schedule[2]})."
         )
     return copied
+
+
+def _scaled(schedule: tuple[int, int, int], total_step: int) -> tuple[int, int, int]:
+    """`total_step`, `tinit` and `tfinal` of a schedule for another number of steps."""
+    before, tinit, tfinal = schedule
+    # rounds up, so that a short run has a last allocation too
+    tfinal = min(-(-tfinal * total_step // before), total_step - 1)
+    return total_step, min(tinit * total_step // before, total_step - tfinal - 1), tfinal
 
 
 def magnitude_drift(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:

@@ -48,6 +48,9 @@ class AdaLoraConfig(stock.AdaLoraConfig):
     # zeros for pruned ones.
     saves_all_ranks = False
 
+    # Not a field either. `total_step`, `tinit` and `tfinal` before `AdaLoraCallback` has scaled them to a run.
+    unscaled_schedule = None
+
     use_dora_adaptive: bool = field(
         default=False,
         metadata={

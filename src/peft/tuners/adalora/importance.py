@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
+from torch import nn
 
 from .parameter_names import DIM_OF_RANK, FACTORS
 from .rows import norm_dtype
@@ -40,6 +41,11 @@ def all_finite(tensors: Tensors) -> torch.Tensor | bool:
     for of_mesh in {tensor.device_mesh: layout(tensor) for tensor in tensors if is_sharded(tensor)}.values():
         finite = sum_over_shards([(~finite).int()], *of_mesh)[0] == 0
     return finite if finite.device.type != "cpu" or any(map(is_sharded, tensors)) else bool(finite)
+
+
+def gradients_of(model: nn.Module) -> Tensors:
+    """The dense gradients of all parameters that have one."""
+    return [param.grad for param in model.parameters() if param.grad is not None and not param.grad.is_sparse]
 
 
 def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -107,12 +107,15 @@ def triplets_to_save(values_of_E: Weights, config: AdaLoraConfig, adapter_name: 
         kept = {name: [True] * len(value) for name, value in values_of_E.items()}  # each process saves a part
     elif config.use_dora_adaptive:
         kept = kept_triplets(values_of_E)
-        if not pattern and not any(any(mask) and not all(mask) for mask in kept.values()):
+        is_unpruned = all(len(mask) == config.init_r and (all(mask) or not any(mask)) for mask in kept.values())
+        if not pattern and is_unpruned:
             kept = {}  # pruning has not begun: a layer of zeros got no gradient yet, such as an expert without tokens
     else:
         inner_names = {name: name if name in pattern else name.removeprefix(PREFIX) for name in values_of_E}
         kept = {name: pattern[inner] for name, inner in inner_names.items() if inner in pattern}
-    if config.use_dora_adaptive and not (config.inference_mode and all(map(all, kept.values()))):
+    ranks = {name.removeprefix(PREFIX): sum(mask) for name, mask in kept.items()}
+    tells_ranks = ranks == {name: sum(mask) for name, mask in pattern.items()}
+    if config.use_dora_adaptive and not (config.inference_mode and tells_ranks):
         pattern = {name.removeprefix(PREFIX): mask for name, mask in kept.items()}
     config.rank_pattern = {f"{name}.lora_E": mask for name, mask in sorted(pattern.items())} or None
     return kept
@@ -132,7 +135,7 @@ def weights_to_load(
     live_E = {f"{name}.lora_E": layer.lora_E[adapter_name] for name, layer in layers.items()}
     if any(len(weights.get(key, lora_E)) != len(lora_E) for key, lora_E in live_E.items()):
         if config.use_dora_adaptive:
-            weights = fit_ranks(weights, layers, adapter_name)
+            weights = fit_ranks(weights, layers, config, adapter_name)
         elif config.rank_pattern is not None and tuner is not None:
             tuner.resize_modules_by_rank_pattern(config.rank_pattern, adapter_name)
         if getattr(tuner, "trainable_adapter_name", None) == adapter_name:
@@ -182,7 +185,7 @@ def check_loaded_weights(
             raise ValueError(f"{key!r} in the weights of the adapter is not finite.")
 
 
-def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str) -> Weights:
+def fit_ranks(weights: Weights, layers: dict[str, nn.Module], config: AdaLoraConfig, adapter_name: str) -> Weights:
     """
     Make the ranks of an AdaDoRA adapter and of its checked weights the same. Returns the weights to load.
 
@@ -192,7 +195,7 @@ def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str)
     Raises:
         `ValueError`: If an adapter in training has too few ranks; nothing has changed then.
     """
-    if not _is_in_training(layers, adapter_name):
+    if not _is_in_training(layers, config, adapter_name):
         for name, layer in layers.items():
             set_rank(layer, adapter_name, len(weights[f"{name}.lora_E"]))
         return weights
@@ -211,11 +214,13 @@ def fit_ranks(weights: Weights, layers: dict[str, nn.Module], adapter_name: str)
     return fitted
 
 
-def _is_in_training(layers: dict[str, nn.Module], adapter_name: str) -> bool:
+def _is_in_training(layers: dict[str, nn.Module], config: AdaLoraConfig, adapter_name: str) -> bool:
     """Whether an optimizer has trained the parameters of an adapter, so that they have to keep their shapes."""
-    return any(
-        is_sharded(lora_E)
-        or has_master_copy(lora_E)
-        or (lora_E.requires_grad and not lora_E.is_meta and bool(lora_E.any()))
-        for lora_E in (layer.lora_E[adapter_name] for layer in layers.values())
-    )
+    for layer in layers.values():
+        lora_E = layer.lora_E[adapter_name]
+        # PEFT freezes an adapter while it is disabled or another one is active
+        is_active = adapter_name in layer.active_adapters and not layer.disable_adapters
+        is_trained = lora_E.requires_grad or not (config.inference_mode or is_active)
+        if is_sharded(lora_E) or has_master_copy(lora_E) or (is_trained and not lora_E.is_meta and bool(lora_E.any())):
+            return True
+    return False

@@ -31,6 +31,7 @@ from . import stock_model as stock
 from .base_weight import onloaded
 from .cache import generation
 from .config import AdaLoraConfig
+from .importance import all_finite, gradients_of
 from .layer import AdaLoraLayer, RankAllocator, preserve_requires_grad
 from .merging import check_merge
 from .parameter_names import adapted_layers, layer_of_E, unwrapped_name
@@ -94,18 +95,17 @@ class AdaLoraModel(stock.AdaLoraModel):
         source = self._adapter_in_training()
         if not config.use_dora_adaptive or adapter_name == source or config is not self.peft_config.get(source):
             source = None
-        else:
-            # there can be no second trainable adapter; TRL's trainers ask in this way for a frozen reference
-            config = self.peft_config[adapter_name] = copy.copy(config)
-            config.inference_mode = True
         if config.use_dora_adaptive:
             check_name(adapter_name)
+            # a copy, because the config may serve other models
+            config = self.peft_config[adapter_name] = copy.copy(config)
+            if source is not None:
+                # there can be no second trainable adapter; TRL's trainers ask in this way for a frozen reference
+                config.inference_mode = True
             check_targets(self, model, config, kwargs.get("state_dict"))
         if config.use_dora_adaptive and not config.inference_mode:
             check_options(config, adapter_name)
-            # a copy, because the config may serve other models; without the ranks of another adapter
-            config = self.peft_config[adapter_name] = copy.copy(config)
-            config.rank_pattern = None
+            config.rank_pattern = None  # of another adapter
         trainable = [param for param in self.model.parameters() if param.requires_grad]
         with warnings.catch_warnings():
             # the keys of AdaLoRA's pattern name E, not the module, so PEFT says that it ignores them
@@ -207,7 +207,9 @@ class AdaLoraModel(stock.AdaLoraModel):
         stock.AdaLoraModel.update_and_allocate(self, global_step)
         if optimizer is not None:
             self.rankallocator.mask_other_weights(self.model, optimizer)
-        orthogonalize_(factors, config.orth_reg_weight)
+        if factors:  # unless a gradient scaler has skipped this step
+            finite = self.rankallocator.finite if global_step < last else all_finite(gradients_of(self.model))
+            orthogonalize_(factors, config.orth_reg_weight * finite)
 
     def resize_modules_by_rank_pattern(
         self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str

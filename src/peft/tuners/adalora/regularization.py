@@ -137,18 +137,19 @@ def factors_to_orthogonalize(
             "`orth_reg_decoupled=True` does not work with DeepSpeed, which trains copies of the factors; leave it "
             "out, and set `orth_reg_weight` back to 0.5."
         )
-    # a frozen factor may be in the optimizer, which passes it over
-    trained = [((factor, is_B), rates[factor]) for factor, is_B in factors if factor.requires_grad and factor in rates]
-    if not trained:
+    # transformers' Adafactor has a rate of `None` if it chooses its own
+    known = [((factor, is_B), rates[factor]) for factor, is_B in factors if rates.get(factor) is not None]
+    if not known:
         raise ValueError(
-            "`orth_reg_decoupled=True` needs the optimizer that trains the adapter; call `update_and_allocate(step, "
-            "optimizer)`."
+            "`orth_reg_decoupled=True` needs the optimizer that trains the adapter, and its learning rate; call "
+            "`update_and_allocate(step, optimizer)`."
         )
-    return trained
+    # a frozen factor may be in the optimizer, which passes it over
+    return [(factor, rate) for factor, rate in known if factor[0].requires_grad]
 
 
 @torch.no_grad()
-def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float) -> None:
+def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float | torch.Tensor) -> None:
     """
     Move A (r, in) and B (out, r) towards orthogonality, apart from the optimizer's moments, as AdamW does with weight
     decay (Loshchilov and Hutter, ICLR 2019):
@@ -160,7 +161,7 @@ def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float) -> None:
 
     Args:
         trained (`list[tuple[Factor, Any]]`): What [`factors_to_orthogonalize`] has returned.
-        weight (`float`): `orth_reg_weight` of the config.
+        weight (`float` or `torch.Tensor`): `orth_reg_weight` of the config, or 0 if the optimizer's step was skipped.
     """
     if not trained:
         return
@@ -169,9 +170,9 @@ def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float) -> None:
     with torch.enable_grad():
         terms = []
         for indices, matrices in differences([(leaf, is_B) for leaf, ((_, is_B), _) in zip(leaves, trained)]):
-            rate = torch.stack([torch.as_tensor(trained[index][1]) for index in indices]).to(matrices)
+            rate = torch.stack([torch.as_tensor(trained[index][1] * weight) for index in indices]).to(matrices)
             norm = torch.linalg.matrix_norm(matrices.detach())
-            step = rate * weight / (1 + rate * weight * norm)
+            step = rate / (1 + rate * norm)
             terms.append((step * matrices.square().sum(dim=(1, 2))).sum() / 4)
         updates = torch.autograd.grad(terms, leaves)
     new = torch._foreach_sub([local_part(leaf) for leaf in leaves], [local_part(update) for update in updates])

@@ -60,15 +60,19 @@ class ResumableCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         # before the Trainer writes: it deletes older checkpoints, and this one has to be complete by then
-        if control.should_save:
+        self._saved_step = None
+        if control.should_save and not control.should_evaluate:  # an evaluation may fail
             self._save(args, state)
 
     on_epoch_end = on_step_end
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
+        if control.should_save:
+            self._save(args, state)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if self._saved_step != state.global_step:
             self._save(args, state)  # an evaluation or a later callback requested the checkpoint
-        self._saved_step = None
         self.unlock()
 
     @staticmethod
