@@ -93,15 +93,13 @@ class AdaLoraModel(stock.AdaLoraModel):
         config = self.peft_config[adapter_name]
         self._check_unmerge()  # because injecting sets the active adapter, which unmerges
         source = self._adapter_in_training()
-        if not config.use_dora_adaptive or adapter_name == source or config is not self.peft_config.get(source):
-            source = None
+        # there can be no second trainable adapter; TRL's trainers ask in this way for a frozen reference
+        is_reference = config.use_dora_adaptive and adapter_name != source and config is self.peft_config.get(source)
         if config.use_dora_adaptive:
             check_name(adapter_name)
             # a copy, because the config may serve other models
             config = self.peft_config[adapter_name] = copy.copy(config)
-            if source is not None:
-                # there can be no second trainable adapter; TRL's trainers ask in this way for a frozen reference
-                config.inference_mode = True
+            config.inference_mode = config.inference_mode or is_reference
             check_targets(self, model, config, kwargs.get("state_dict"))
         if config.use_dora_adaptive and not config.inference_mode:
             check_options(config, adapter_name)
@@ -114,15 +112,12 @@ class AdaLoraModel(stock.AdaLoraModel):
         if config.inference_mode and len(self.peft_config) > 1 and self._adadora_adapters():
             for param in trainable:
                 param.requires_grad_(True)  # PEFT freezes all parameters that have the name anywhere in theirs
-        if source is not None:
+        if is_reference:
             for layer in adapted_layers(model, source).values():
                 loading.copy_adapter(layer, source, adapter_name)
         elif config.use_dora_adaptive and config.inference_mode:
             # transformers loads weights without asking for their ranks, so the layers need them from the start
-            layers = adapted_layers(model, adapter_name)
-            for key, kept in (config.rank_pattern or {}).items():
-                if (name := layer_of_E(key, adapter_name)) in layers:
-                    loading.set_rank(layers[name], adapter_name, int(sum(kept)))
+            self.resize_modules_by_rank_pattern(config.rank_pattern or {}, adapter_name)
         learn_how_to_quantize(model, self._layers())
         if config.use_dora_adaptive:
             avoid_fast_path(model)
@@ -253,8 +248,6 @@ class AdaLoraModel(stock.AdaLoraModel):
 
 def _read_kept(tuner: AdaLoraModel, incompatible_keys: Any) -> None:
     """Tell the allocator which triplets the loaded weights keep, if weights of its adapter have been loaded."""
-    adapter_name = tuner._adapter_in_training()
-    if adapter_name is not None and not any(
-        key.endswith(f".lora_E.{adapter_name}") for key in incompatible_keys.missing_keys
-    ):
+    name = tuner._adapter_in_training()
+    if name is not None and not any(key.endswith(f".lora_E.{name}") for key in incompatible_keys.missing_keys):
         tuner.rankallocator.read_kept(tuner.model)
