@@ -241,7 +241,7 @@ class TestRuns:
         assert results.missing(toy, part) == "Fewer than 2 seeds on some text: LoRA, rank 2: 1."
         part = without_last("AdaLoRA", "no regularization")
         ((row,), (whole_row,)) = (results.tables(toy, log)[0].rows for log in (part, whole))
-        assert whole_row.pop("AdaLoRA, no term − LoRA")
+        assert whole_row.pop("AdaLoRA, no regularization − LoRA")
         assert row == whole_row
 
     def test_the_log_of_another_model_is_refused(self, modules, built, toy, tmp_path):
