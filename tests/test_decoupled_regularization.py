@@ -191,7 +191,7 @@ def test_a_frozen_factor_stays_although_the_optimizer_has_it(part):
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(ValueError, match="orth_reg_weight=-1` is negative"):
+    with pytest.raises(ValueError, match="`orth_reg_weight` should be greater than or equal to 0"):
         AdaLoraConfig(orth_reg_decoupled=True, orth_reg_weight=-1, total_step=10)
 
 

@@ -72,7 +72,7 @@ def make_environment(folder: Path) -> None:
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
-    extras = re.search(r"^peft-tests = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    extras = " ".join(re.findall(r"^(?:demo|peft-tests) = (.*)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     # torch goes first and alone, so that nothing resolves to a build with CUDA packages
     subprocess.run([*pip, "torch"], check=True)
     needed = [

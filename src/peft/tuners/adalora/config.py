@@ -40,8 +40,7 @@ class AdaLoraConfig(stock.AdaLoraConfig):
             AdaLoRA, too. Defaults to `False`, which adds a term to the loss.
 
     Raises:
-        `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`, if a decoupled regularization has a negative
-            weight, and in the cases of the installed PEFT.
+        `ValueError`: If `use_dora=True` without `use_dora_adaptive=True`, and in the cases of the installed PEFT.
     """
 
     # Not a field, so not saved. `AdaLoraCallback` sets it, so that a checkpoint of the Trainer holds all ranks, with
@@ -74,8 +73,6 @@ class AdaLoraConfig(stock.AdaLoraConfig):
             raise ValueError(
                 "ADALORA does not support DoRA through `use_dora=True`; set `use_dora_adaptive=True` instead."
             )
-        if self.orth_reg_decoupled and self.orth_reg_weight < 0:
-            raise ValueError(f"`orth_reg_weight={self.orth_reg_weight}` is negative; set it to 0 or more.")
         super().__post_init__()
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -125,8 +125,10 @@ def factors_to_orthogonalize(
     config does not decouple the regularization, or gives it no weight.
 
     Raises:
-        `ValueError`: If there is no optimizer, or if it trains none of the factors.
-        `NotImplementedError`: With DeepSpeed, which trains copies of the factors.
+        `ValueError`:
+            If there is no optimizer, or if it trains none of the factors.
+        `NotImplementedError`:
+            With DeepSpeed, which trains copies of the factors.
     """
     if not config.orth_reg_decoupled or not config.orth_reg_weight:
         return []
@@ -154,8 +156,10 @@ def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float | torch.Tens
     Move A (r, in) and B (out, r) towards orthogonality, apart from the optimizer's moments, as AdamW does with weight
     decay (Loshchilov and Hutter, ICLR 2019):
 
-        A ← A − η D A / (1 + η ‖D‖)    with D = A Aᵀ − I and η = learning rate · weight
-        B ← B − η B D / (1 + η ‖D‖)    with D = Bᵀ B − I
+    ```
+    A ← A − η D A / (1 + η ‖D‖)    with D = A Aᵀ − I and η = learning rate · weight
+    B ← B − η B D / (1 + η ‖D‖)    with D = Bᵀ B − I
+    ```
 
     D A is a quarter of the gradient of ‖D‖². The denominator keeps large factors from overshooting.
 
