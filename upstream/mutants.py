@@ -116,7 +116,7 @@ MUTANTS = [
         (
             Edit(
                 "allocator.py",
-                "finite = all_finite([*others, *chain(*importance.values())])",
+                "finite = all_finite([*gradients_of(model), *chain(*importance.values())])",
                 "finite = True",
             ),
         ),
@@ -236,7 +236,13 @@ MUTANTS = [
     ),
     Mutant(
         "orthogonalize all factors by the same learning rate",
-        (Edit("regularization.py", "torch.as_tensor(trained[index][1])", "torch.as_tensor(trained[0][1])"),),
+        (
+            Edit(
+                "regularization.py",
+                "torch.as_tensor(trained[index][1] * weight)",
+                "torch.as_tensor(trained[0][1] * weight)",
+            ),
+        ),
         first="test_decoupled_regularization.py",
     ),
     Mutant(

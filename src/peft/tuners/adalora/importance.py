@@ -124,13 +124,18 @@ def keep_most_important(scores: Tensors, pruned: int) -> list[list[bool]]:
     together = torch.cat([score.to(scores[0].device) for score in scores]).cpu()
     threshold = together.kthvalue(pruned)[0] if pruned else together.new_tensor(-torch.inf)
     # PEFT compares the scores of a layer with the threshold in the dtype of the layer
-    of_layers = zip(together.split([len(score) for score in scores]), scores)
-    return [(~(on_cpu <= threshold.to(score.dtype))).tolist() for on_cpu, score in of_layers]
+    thresholds = {dtype: threshold.to(dtype) for dtype in {score.dtype for score in scores}}
+    limits = torch.cat([thresholds[score.dtype].expand(len(score)) for score in scores])
+    return _as_lists((~(together <= limits)).split([len(score) for score in scores]))
 
 
 def kept_triplets(values_of_E: dict[str, torch.Tensor]) -> dict[str, list[bool]]:
     """The triplets of each layer whose singular value is not exactly 0, by the keys of `values_of_E`, each (r, 1)."""
     full = mean_products([list(values_of_E.values())], [1] * len(values_of_E))
-    masks = [(values != 0).to(full[0].device) for values in full]
-    kept = iter(torch.cat(masks).tolist() if masks else ())  # one transfer from the device
-    return {name: list(islice(kept, len(mask))) for name, mask in zip(values_of_E, masks)}
+    return dict(zip(values_of_E, _as_lists([values != 0 for values in full])))
+
+
+def _as_lists(masks: Sequence[torch.Tensor]) -> list[list[bool]]:
+    """The masks of all layers, with one transfer from their device."""
+    kept = iter(torch.cat([mask.to(masks[0].device) for mask in masks]).tolist() if masks else ())
+    return [list(islice(kept, len(mask))) for mask in masks]
