@@ -300,7 +300,7 @@ def patches_from(repository: Path) -> dict[Path, str]:
         }
         for patch, of_this in groups.items():
             if of_this:
-                made_of_ours = of_this if folder in (PACKAGE, CALLBACK) else []
+                made_of_ours = of_this if folder in (PACKAGE, CALLBACK) and patch == "peft.patch" else []
                 head = "".join(f"made of {blob((ROOT / name).read_bytes())} {name}\n" for name in made_of_ours)
                 diff = git("diff", "--full-index", "--unified=3", f"{commit}~", commit, "--", *of_this)
                 found[folder / patch] = head + diff
