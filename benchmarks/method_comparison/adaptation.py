@@ -9,11 +9,10 @@ that a log has, and says which are missing.
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,17 +26,13 @@ import compare
 from adaptation_plan import UNADAPTED, Plan
 from adaptation_results import missing, tables, write_figure
 from compare import read_log
+from language_model import checksum
 from plan import Log, Record
 from texts import documents, old_documents
 from training import Run, Training, adapter_parameters, average_rank
 
 
 MODEL = Path(__file__).parent / "base_model"
-
-
-@cache
-def checksum(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def collate(batch: Sequence[list[int]]) -> dict[str, torch.Tensor]:
@@ -113,7 +108,8 @@ def execute(run: Run, folder: Path) -> Record:
 
 def execute_plan(plan: Plan, path: Path, folder: Path, jobs: int) -> Log:
     """Execute what is not in the log yet, `jobs` runs at a time with one thread each."""
-    if any(record["weights"] != checksum(folder)[:12] for record in read_log(path).values()):
+    weights = checksum(folder)[:12]
+    if any(record["weights"] != weights for record in read_log(path).values()):
         raise SystemExit(f"{path} is the log of another language model than that in {folder}.")
     return compare.execute_plan(plan, path, jobs, partial(execute, folder=folder), progress)
 

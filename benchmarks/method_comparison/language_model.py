@@ -256,6 +256,11 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def checksum(folder: Path) -> str:
+    """SHA-256 of the weights of a saved model."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
 def build(recipe: Recipe, texts: Sequence[str], held_out_texts: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train tokenizer, model and trigrams, and write all but the trigrams to a folder. Return the summary."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,7 +280,7 @@ def build(recipe: Recipe, texts: Sequence[str], held_out_texts: Sequence[str], f
         "held_out_loss_per_byte": round(loss * tokens_per_byte, 4),
         "trigram_loss_per_token": round(trigram_loss, 4),
         "trigram_loss_per_byte": round(trigram_loss * tokens_per_byte, 4),
-        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "sha256": checksum(folder),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary

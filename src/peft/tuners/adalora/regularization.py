@@ -164,11 +164,9 @@ def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float | torch.Tens
     D A is a quarter of the gradient of ‖D‖². The denominator keeps large factors from overshooting.
 
     Args:
-        trained (`list[tuple[Factor, Any]]`): What [`factors_to_orthogonalize`] has returned.
+        trained (`list[tuple[Factor, Any]]`): What [`factors_to_orthogonalize`] has returned, if that is not empty.
         weight (`float` or `torch.Tensor`): `orth_reg_weight` of the config, or 0 if the optimizer's step was skipped.
     """
-    if not trained:
-        return
     factors = [factor for (factor, _), _ in trained]
     leaves = [factor.detach().to(norm_dtype(factor.dtype)).requires_grad_() for factor in factors]
     with torch.enable_grad():

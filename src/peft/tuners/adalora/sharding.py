@@ -141,7 +141,10 @@ class GradientCapture:
         ]
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0) + gradient.detach()
+        if name in self.sums:
+            self.sums[name] += gradient
+        else:
+            self.sums[name] = gradient.detach().clone()
 
     def take_means(self) -> dict[str, torch.Tensor]:
         """Take the sums, averaged over all processes in one all-reduce. Every process has to call this."""
