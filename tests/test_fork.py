@@ -58,6 +58,21 @@ def state(repository):
     return git(repository, "for-each-ref"), git(repository, "worktree", "list"), git(repository, "diff", "HEAD")
 
 
+@pytest.mark.parametrize(
+    "config, author",
+    [("[user]\nname = Ada\nemail = ada@example.org\n", "Ada"), ("", "PEFT")],
+    ids=["known", "unknown"],
+)
+def test_commits_carry_the_name_of_the_user_if_git_knows_it(config, author, tmp_path, monkeypatch):
+    (tmp_path / "config").write_text(config)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    tree = tmp_path / "peft"
+    tree.mkdir()
+    (tree / "README.md").touch()
+    apply.make_repository(tree)
+    assert git(tree, "log", "--format=%an") == author
+
+
 def test_each_patch_is_a_commit_with_the_message_of_its_page(fork):
     assert git(fork, "log", "--reverse", "--format=%s", f"-{len(SUBJECTS)}", apply.BRANCH).splitlines() == SUBJECTS
     for number, folder in enumerate(reversed(series.patches())):

@@ -73,8 +73,10 @@ def make_branch(repository: Path) -> list[str]:
 def make_repository(tree: Path, subject: str = "PEFT") -> None:
     """Make an unpacked source distribution a git repository with one commit."""
     git(tree, "init", "--quiet")
-    for key, value in {"user.name": "PEFT", "user.email": "peft@example.com", "core.autocrlf": "false"}.items():
-        git(tree, "config", key, value)
+    git(tree, "config", "core.autocrlf", "false")
+    for key, value in {"user.name": "PEFT", "user.email": "peft@example.com"}.items():
+        if git(tree, "config", key, check=False).returncode:  # the user has not told git who they are
+            git(tree, "config", key, value)
     git(tree, "add", "--all", "--force", ".")
     git(tree, "commit", "--quiet", "--message", subject)
 
