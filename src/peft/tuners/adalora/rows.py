@@ -16,6 +16,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,7 +64,8 @@ def row_norm(weight: torch.Tensor) -> torch.Tensor:
     """‖W‖ of each row, (out, 1), of a weight (out, in) of any floating point dtype."""
     if isinstance(weight, torch.Tensor) and weight.device.type != "cpu":  # converts in its kernel
         return torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=norm_dtype(weight.dtype))
-    return _cat([torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in blockwise(weight)])
+    norm = partial(torch.linalg.vector_norm, dim=1, keepdim=True)
+    return _cat(list(map(norm, blockwise(weight))))
 
 
 def matmul_rows(weight: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +76,12 @@ def matmul_rows(weight: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor
         return matmul_into_float32(rows, right), row_norm(rows)
     pads = weight.device.type == "cpu" and rank > 4
     padded = nn.functional.pad(right, (0, 0, 0, -rank % PRODUCT_COLUMNS)) if pads else right
-    products, norms = zip(*((rows @ padded.T, row_norm(rows)) for rows in blockwise(weight)))
+
+    def multiply(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows @ padded.T, row_norm(rows)
+
+    # `map` drops a block before it asks for the next one
+    products, norms = zip(*map(multiply, blockwise(weight)))
     return _cat(products)[:, :rank], _cat(norms)
 
 
