@@ -1214,6 +1214,15 @@ class WithLoss(MLP):
         return SimpleNamespace(loss=loss, output=output)
 
 
+def train_in_model(model: PeftModel, steps: int) -> None:
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=2e-2)
+    for step in range(steps):
+        model.train().base_model(X, labels=torch.ones(9, 4)).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+
+
 class TestAfterTheAdapterInTrainingWasDeleted:
     def model_after(self, how: str, folder) -> PeftModel:
         torch.manual_seed(0)
@@ -1259,9 +1268,27 @@ class TestAfterTheAdapterInTrainingWasDeleted:
         model = self.model_after(how, tmp_path)
         model.base_model(X, labels=torch.zeros(9, 4)).loss.backward()
         before = parameter_bytes(model)
-        with pytest.raises(ValueError, match="'gone'.*deleted") as error:
+        with pytest.raises(ValueError, match="no adapter in training") as error:
             model.base_model.update_and_allocate(step)
         assert str(error.value).endswith(".") and "\n" not in str(error.value)
+        assert parameter_bytes(model) == before
+
+    def test_one_of_the_same_name_that_was_loaded_to_predict_is_not_trained(self, tmp_path):
+        run_of(20).model.save_pretrained(tmp_path)
+        model = get_peft_model(WithLoss(), make_config(target_modules=list(TARGETS)))
+        train_in_model(model, steps=8)
+        model.add_adapter("other", make_config(target_modules=list(TARGETS), inference_mode=True))
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        model.load_adapter(tmp_path, "default")
+        model.set_adapter("default")
+        before = parameter_bytes(model)
+        outputs = model.train().base_model(X, labels=torch.zeros(9, 4))
+        assert_near(outputs.loss, outputs.output.square().mean())
+        outputs.loss.backward()
+        for step in (0, 8, 15, 18):
+            with pytest.raises(ValueError, match="no adapter in training"):
+                model.base_model.update_and_allocate(step)
         assert parameter_bytes(model) == before
 
     def test_an_allocation_of_a_model_that_was_loaded_to_predict_is_refused_in_a_sentence(self, tmp_path):
@@ -1275,12 +1302,7 @@ class TestAfterTheAdapterInTrainingWasDeleted:
         model = self.model_after(how, tmp_path)
         model.add_adapter("new", make_config(target_modules=list(TARGETS)))
         model.set_adapter("new")
-        optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=2e-2)
-        for step in range(20):
-            model.train().base_model(X, labels=torch.ones(9, 4)).loss.backward()
-            optimizer.step()
-            model.base_model.update_and_allocate(step)
-            optimizer.zero_grad()
+        train_in_model(model, steps=20)
         assert sum(live_ranks(model, "new").values()) == 6
         assert ranks_of(weights_of(model, "new")) == live_ranks(model, "new")
 

@@ -80,8 +80,12 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     def _adapter_in_training(self) -> Optional[str]:
         """The adapter that was added to be trained, unless it has been deleted."""
-        adapter_name = getattr(self, "trainable_adapter_name", None)
-        return adapter_name if adapter_name in self.peft_config else None
+        return getattr(self, "trainable_adapter_name", None)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if adapter_name == self._adapter_in_training():
+            del self.trainable_adapter_name  # an adapter to predict may get the name
 
     def _adadora_adapters(self) -> list[str]:
         return [name for name, config in self.peft_config.items() if config.use_dora_adaptive]

@@ -146,9 +146,7 @@ def check_allocation(tuner: Any, global_step: int) -> None:
     """
     adapter_name = getattr(tuner, "trainable_adapter_name", None)
     if adapter_name is None:
-        raise ValueError("The model has no adapter in training; load the adapter with `is_trainable=True`.")
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"The adapter {adapter_name!r} that was in training has been deleted; add another to train.")
+        raise ValueError("The model has no adapter in training; load one with `is_trainable=True`, or add one.")
     allocator, config = tuner.rankallocator, tuner.peft_config[adapter_name]
     last = config.total_step - config.tfinal
     can_decide = global_step < last or (global_step == last and allocator.has_averages())
