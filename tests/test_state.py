@@ -952,7 +952,8 @@ NONSENSE = {
     "nothing": lambda pattern: {key: [False] * len(kept) for key, kept in pattern.items()},
     "the opposite": lambda pattern: {key: [not entry for entry in kept] for key, kept in pattern.items()},
     "another order": lambda pattern: {key: kept[::-1] for key, kept in pattern.items()},
-    "another length": lambda pattern: {key: [True, False] for key in pattern},
+    "a smaller length": lambda pattern: {key: [True, False] for key in pattern},
+    "a greater length": lambda pattern: {key: [*kept, True] for key, kept in pattern.items()},
     "one layer": lambda pattern: dict([next(iter(pattern.items()))]),
     "other layers": lambda pattern: {f"model.{key}": kept for key, kept in pattern.items()},
 }

@@ -121,7 +121,10 @@ class AdaLoraModel(stock.AdaLoraModel):
                 loading.copy_adapter(layer, source, adapter_name)
         elif config.use_dora_adaptive and config.inference_mode:
             # transformers loads weights without asking for their ranks, so the layers need them from the start
-            self.resize_modules_by_rank_pattern(config.rank_pattern or {}, adapter_name)
+            layers = adapted_layers(self.model, adapter_name)
+            for key, kept in (config.rank_pattern or {}).items():
+                if (name := layer_of_E(key, adapter_name)) in layers:
+                    loading.set_rank(layers[name], adapter_name, int(torch.as_tensor(kept).sum()))
         learn_how_to_quantize(model, self._layers())
         if config.use_dora_adaptive:
             avoid_fast_path(model)
