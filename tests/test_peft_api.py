@@ -140,6 +140,15 @@ def load_by_injection(folder):
     return model
 
 
+TOKENS = torch.arange(14).view(2, 7)
+
+
+def make_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+
+
 @pytest.mark.parametrize(
     "load",
     [
@@ -184,6 +193,29 @@ def test_a_pruned_adapter_can_be_loaded_in_each_way_that_there_is(load, saved, t
         loaded = load(tmp_path).eval()
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
     assert sorted(layer.r["default"] for layer in svd_layers(loaded).values()) == [0, 1, 2, 3]
+
+
+class TestBesideLoraInAModelOfTransformers:
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["AdaDoRA", "AdaLoRA"])
+    @pytest.mark.parametrize("names", [["ours", "lora"], ["lora", "ours"]], ids=" first, then ".join)
+    def test_each_predicts_as_if_alone(self, names, use_dora_adaptive, tmp_path):
+        configs = {
+            "ours": make_config(target_modules=["q_proj"], use_dora_adaptive=use_dora_adaptive),
+            "lora": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+        }
+        model, expected = make_llama(), {}
+        for name in names:
+            alone = get_peft_model(make_llama(), configs[name]).eval()
+            for layer in svd_layers(alone).values():
+                train_by_hand(layer)
+            expected[name] = alone(TOKENS).logits
+            alone.save_pretrained(tmp_path / name)
+            model.load_adapter(str(tmp_path / name), name)
+        for name in [*names, *names]:
+            model.set_adapter(name)
+            torch.testing.assert_close(model(TOKENS).logits, expected[name])
+        model.disable_adapters()
+        torch.testing.assert_close(model(TOKENS).logits, make_llama()(TOKENS).logits)
 
 
 class TestMixedModel:

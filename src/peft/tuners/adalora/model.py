@@ -88,7 +88,8 @@ class AdaLoraModel(stock.AdaLoraModel):
             del self.trainable_adapter_name  # an adapter to predict may get the name
 
     def _adadora_adapters(self) -> list[str]:
-        return [name for name, config in self.peft_config.items() if config.use_dora_adaptive]
+        # an injected adapter shares the dictionary with those of other methods
+        return [name for name, config in self.peft_config.items() if getattr(config, "use_dora_adaptive", False)]
 
     def _layers(self) -> list[AdaLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, AdaLoraLayer)]
