@@ -218,6 +218,26 @@ class TestBesideLoraInAModelOfTransformers:
         torch.testing.assert_close(model(TOKENS).logits, make_llama()(TOKENS).logits)
 
 
+@pytest.mark.parametrize("names", [["other", "default"], ["default", "default"]], ids=" over ".join)
+def test_a_forward_pass_with_an_active_adapter_of_another_method_inside_is_refused(names):
+    model, x = make_mlp(), torch.randn(3, 10)
+    lora = LoraConfig(target_modules=TARGETS, init_lora_weights=False, inference_mode=True)
+    inject_adapter_in_model(lora, model, names[1])
+    expected = model(x)
+    inject_adapter_in_model(make_config(target_modules=TARGETS), model, names[0])
+    for layer in svd_layers(model).values():
+        layer.base_layer.set_adapter(names[1])
+    with pytest.raises(NotImplementedError, match=f"'{names[0]}' has to be the only active adapter"):
+        model(x)
+    for layer in svd_layers(model).values():
+        layer.base_layer.enable_adapters(False)
+    torch.testing.assert_close(model(x), make_mlp()(x))  # it is fresh
+    for layer in svd_layers(model).values():
+        layer.base_layer.enable_adapters(True)
+        layer.enable_adapters(False)
+    assert torch.equal(model(x), expected)
+
+
 class TestMixedModel:
     @pytest.fixture
     def model(self) -> PeftMixedModel:

@@ -168,6 +168,9 @@ class AdaLoraLayer(stock.AdaLoraLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
+        if isinstance(inner := self.base_layer, BaseTunerLayer) and not inner.disable_adapters:  # of another method
+            in_use = [name for name in inner.active_adapters if name in inner._get_available_adapters()]
+            check_sole_adapter([adapter_name, *in_use], self.lora_magnitude)
         with onloaded(self.get_base_layer()):
             return self.lora_variant[adapter_name].forward(self, adapter_name, x, result)
 
