@@ -6,7 +6,15 @@ import pytest
 import torch
 from helpers import TARGETS, make_config, make_mlp, make_peft_mlp, parameter_bytes, svd_layers, train_by_hand
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from peft import (
     AutoPeftModelForCausalLM,
@@ -14,6 +22,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftMixedModel,
+    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -193,6 +202,49 @@ def test_a_pruned_adapter_can_be_loaded_in_each_way_that_there_is(load, saved, t
         loaded = load(tmp_path).eval()
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
     assert sorted(layer.r["default"] for layer in svd_layers(loaded).values()) == [0, 1, 2, 3]
+
+
+TASKS = {
+    "TOKEN_CLS": (BertForTokenClassification, "classifier", {"labels": TOKENS % 2}),
+    "QUESTION_ANS": (
+        BertForQuestionAnswering,
+        "qa_outputs",
+        {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])},
+    ),
+    "SEQ_CLS": (BertForSequenceClassification, "classifier", {"labels": torch.tensor([0, 1])}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_head_of_a_task_is_trained_saved_and_loaded(task, tmp_path):
+    model_class, head, labels = TASKS[task]
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+
+    def make_base():
+        torch.manual_seed(0)
+        return model_class(BertConfig(**sizes, num_attention_heads=2))
+
+    config = make_config(target_modules=["query", "value"], task_type=task)
+    model = get_peft_model(make_base(), config)
+    expected = get_peft_model(make_base(), LoraConfig(target_modules=["query", "value"], task_type=task))
+    assert model.modules_to_save == expected.modules_to_save
+    assert config.modules_to_save == expected.peft_config["default"].modules_to_save
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=2e-2)
+    for step in range(20):
+        model(input_ids=TOKENS, **labels).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    output = model.eval()(input_ids=TOKENS)[0]
+    trained = getattr(model.base_model.model, head).modules_to_save["default"].weight
+    assert not torch.equal(trained, getattr(make_base(), head).weight)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base(), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=TOKENS)[0], output)
+    loaded.load_adapter(tmp_path, "second")
+    loaded.set_adapter("second")
+    torch.testing.assert_close(loaded(input_ids=TOKENS)[0], output)
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=TOKENS)[0], output)
 
 
 class TestBesideLoraInAModelOfTransformers:

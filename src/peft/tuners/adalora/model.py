@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TaskType
 
 from . import loading
 from . import stock_model as stock
@@ -102,6 +103,8 @@ class AdaLoraModel(stock.AdaLoraModel):
         is_reference = config.use_dora_adaptive and adapter_name != source and config is self.peft_config.get(source)
         if config.use_dora_adaptive:
             check_name(adapter_name)
+            if config.modules_to_save is None and config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+                config.modules_to_save = []  # PEFT extends it after the injection; the copy shares the list
             # a copy, because the config may serve other models
             config = self.peft_config[adapter_name] = copy.copy(config)
             config.inference_mode = config.inference_mode or is_reference
