@@ -197,6 +197,20 @@ def computes_a_loss(adapters: Adapters) -> bool:
     return is_close(loss, make_llama()(input_ids=TOKENS, labels=TOKENS).loss)
 
 
+@row("a loss after the adapter in training was deleted, and another one loaded under its name")
+def forgets_what_was_deleted(adapters: Adapters) -> bool:
+    model = adapters.llama()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model.add_adapter("other", adapters.llama_config(inference_mode=True))
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        model.load_adapter(folder, "default")
+    model.set_adapter("default")
+    loss = model.train()(input_ids=TOKENS, labels=TOKENS).loss
+    return is_close(loss, make_llama()(input_ids=TOKENS, labels=TOKENS).loss)
+
+
 @row("an adapter to train, added to a model that was loaded for inference")
 def trains_another(adapters: Adapters) -> bool:
     model = adapters.loaded_llama()
