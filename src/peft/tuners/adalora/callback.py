@@ -139,7 +139,7 @@ def upcast_magnitudes(module: torch.nn.Module) -> None:
 def _tuner_of(model: torch.nn.Module) -> AdaLoraModel | SimpleNamespace:
     """The [`AdaLoraModel`] of the adapter in training. For an injected adapter, the parts that allocation needs."""
     for module in model.modules():
-        if isinstance(module, AdaLoraModel) and module._adapter_in_training() is not None:
+        if isinstance(module, AdaLoraModel) and module.trainable_adapter_name is not None:
             return module
     for module in model.modules():
         configs = getattr(module, "peft_config", None)

@@ -41,6 +41,13 @@ def set_rank(layer: nn.Module, adapter_name: str, rank: int) -> None:
     layer.r[adapter_name] = rank
 
 
+def set_ranks(layers: dict[str, nn.Module], rank_pattern: dict[str, list[bool]], adapter_name: str) -> None:
+    """Give the layers the ranks that a rank pattern keeps, with [`set_rank`]."""
+    for key, kept in rank_pattern.items():
+        if (name := layer_of_E(key, adapter_name)) in layers:
+            set_rank(layers[name], adapter_name, int(torch.as_tensor(kept).sum()))
+
+
 def keep_triplets(layer: nn.Module, adapter_name: str, kept: list[bool] | torch.Tensor) -> None:
     """Drop the triplets of an adapter that are `False` in the mask (r,). Scaling, magnitude and dtypes stay."""
     indices = torch.as_tensor(kept).view(-1).nonzero().view(-1)

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TaskType
 
 from . import loading
 from . import stock_model as stock
@@ -51,6 +50,8 @@ class AdaLoraModel(stock.AdaLoraModel):
     It refuses what AdaDoRA cannot do for the whole model, before any layer changes.
     """
 
+    trainable_adapter_name: Optional[str] = None  # until an adapter is added to be trained
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_post_hook(_read_kept)
@@ -60,7 +61,7 @@ class AdaLoraModel(stock.AdaLoraModel):
         Add the orthogonality term to the loss as PEFT does, unless the regularization is decoupled. The term of an
         AdaDoRA adapter is added only in training mode, and only while this adapter is active.
         """
-        adapter_name = self._adapter_in_training()
+        adapter_name = self.trainable_adapter_name
         if adapter_name is None or self.peft_config[adapter_name].orth_reg_decoupled:
             return self.model.forward(*args, **kwargs)
         config, layers = self.peft_config[adapter_name], adapted_layers(self.model, adapter_name).values()
@@ -79,14 +80,10 @@ class AdaLoraModel(stock.AdaLoraModel):
         with generation():
             return self.model.generate(*args, **kwargs)
 
-    def _adapter_in_training(self) -> Optional[str]:
-        """The adapter that was added to be trained, unless it has been deleted."""
-        return getattr(self, "trainable_adapter_name", None)
-
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        if adapter_name == self._adapter_in_training():
-            del self.trainable_adapter_name  # an adapter to predict may get the name
+        if adapter_name == self.trainable_adapter_name:
+            self.trainable_adapter_name = None  # an adapter to predict may get the name
 
     def _adadora_adapters(self) -> list[str]:
         # an injected adapter shares the dictionary with those of other methods
@@ -98,12 +95,12 @@ class AdaLoraModel(stock.AdaLoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         self._check_unmerge()  # because injecting sets the active adapter, which unmerges
-        source = self._adapter_in_training()
+        source = self.trainable_adapter_name
         # there can be no second trainable adapter; TRL's trainers ask in this way for a frozen reference
         is_reference = config.use_dora_adaptive and adapter_name != source and config is self.peft_config.get(source)
         if config.use_dora_adaptive:
             check_name(adapter_name)
-            if config.modules_to_save is None and config.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+            if config.modules_to_save is None and config.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
                 config.modules_to_save = []  # PEFT extends it after the injection; the copy shares the list
             # a copy, because the config may serve other models
             config = self.peft_config[adapter_name] = copy.copy(config)
@@ -125,10 +122,7 @@ class AdaLoraModel(stock.AdaLoraModel):
                 loading.copy_adapter(layer, source, adapter_name)
         elif config.use_dora_adaptive and config.inference_mode:
             # transformers loads weights without asking for their ranks, so the layers need them from the start
-            layers = adapted_layers(self.model, adapter_name)
-            for key, kept in (config.rank_pattern or {}).items():
-                if (name := layer_of_E(key, adapter_name)) in layers:
-                    loading.set_rank(layers[name], adapter_name, int(torch.as_tensor(kept).sum()))
+            loading.set_ranks(adapted_layers(self.model, adapter_name), config.rank_pattern or {}, adapter_name)
         learn_how_to_quantize(model, self._layers())
         if config.use_dora_adaptive:
             avoid_fast_path(model)
@@ -167,7 +161,7 @@ class AdaLoraModel(stock.AdaLoraModel):
                 "`adapter_names`, different adapters within a batch, is not supported with AdaDoRA adapters; call "
                 "`set_adapter` and use one adapter at a time."
             )
-        if self.training and torch.is_grad_enabled() and self._adapter_in_training() is not None:
+        if self.training and torch.is_grad_enabled() and self.trainable_adapter_name is not None:
             self.rankallocator.count_forward(self.model)
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
@@ -236,13 +230,8 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: AdaLoraConfig,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
+        cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: loading.Weights, **_: Any
+    ) -> loading.Weights:
         # not PEFT's implementation, which knows neither exact names, nor wrappers, nor adapters that were injected
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
         weights = loading.weights_to_save(state_dict, model, config, adapter_name)
@@ -250,8 +239,8 @@ class AdaLoraModel(stock.AdaLoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+        cls, model: nn.Module, config: AdaLoraConfig, adapter_name: str, state_dict: loading.Weights
+    ) -> loading.Weights:
         # not PEFT's implementation, which resizes the model before the weights are checked, and knows no wrappers
         tuner = next((module for module in model.modules() if isinstance(module, AdaLoraModel)), None)
         return loading.weights_to_load(state_dict, model, tuner, config, adapter_name)
@@ -259,6 +248,6 @@ class AdaLoraModel(stock.AdaLoraModel):
 
 def _read_kept(tuner: AdaLoraModel, incompatible_keys: Any) -> None:
     """Tell the allocator which triplets the loaded weights keep, if weights of its adapter have been loaded."""
-    name = tuner._adapter_in_training()
+    name = tuner.trainable_adapter_name
     if name is not None and not any(key.endswith(f".lora_E.{name}") for key in incompatible_keys.missing_keys):
         tuner.rankallocator.read_kept(tuner.model)

@@ -144,7 +144,7 @@ def check_allocation(tuner: Any, global_step: int) -> None:
         `ValueError`: If there is no adapter in training, if no ranks have been decided when the budget phase ends, or
             if the adapter was loaded pruned.
     """
-    adapter_name = getattr(tuner, "trainable_adapter_name", None)
+    adapter_name = tuner.trainable_adapter_name
     if adapter_name is None:
         raise ValueError("The model has no adapter in training; load one with `is_trainable=True`, or add one.")
     allocator, config = tuner.rankallocator, tuner.peft_config[adapter_name]
