@@ -23,7 +23,7 @@ from torch import nn
 
 from .config import AdaLoraConfig
 from .parameter_names import adapted_layers
-from .rows import norm_dtype
+from .rows import full_precision, norm_dtype
 from .sharding import check_not_flattened, has_master_copy, is_sharded, layout, local_part, sum_over_shards
 
 
@@ -169,10 +169,12 @@ def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float | torch.Tens
     """
     factors = [factor for (factor, _), _ in trained]
     leaves = [factor.detach().to(norm_dtype(factor.dtype)).requires_grad_() for factor in factors]
-    with torch.enable_grad():
+    with torch.enable_grad(), full_precision(leaves[0].device):
         terms = []
         for indices, matrices in differences([(leaf, is_B) for leaf, ((_, is_B), _) in zip(leaves, trained)]):
-            rate = torch.stack([torch.as_tensor(trained[index][1] * weight) for index in indices]).to(matrices)
+            # a learning rate may be a tensor (1,)
+            rates = [torch.as_tensor(trained[index][1] * weight, dtype=matrices.dtype) for index in indices]
+            rate = torch.stack([rate.reshape(()) for rate in rates]).to(matrices)
             norm = torch.linalg.matrix_norm(matrices.detach())
             step = rate / (1 + rate * norm)
             terms.append((step * matrices.square().sum(dim=(1, 2))).sum() / 4)
