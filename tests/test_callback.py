@@ -592,6 +592,16 @@ class TestCheckpoint:
         assert ends[1]["logs"][6]["adalora_pruned"] > 0
         assert_same(*ends)
 
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    def test_it_resumes_exactly_after_all_triplets_were_pruned(self, use_dora_adaptive, tmp_path):
+        config_kwargs = {"use_dora_adaptive": use_dora_adaptive, "target_r": 0}
+        make_trainer(tmp_path / "run", make_adalora_config(**config_kwargs), save_steps=13).train()
+        trainer = make_trainer(tmp_path / "resumed", make_adalora_config(**config_kwargs))
+        trainer.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-13")
+        ends = [everything_in(tmp_path / name / f"checkpoint-{STEPS}") for name in ("resumed", "run")]
+        assert [logs["adalora_mean_rank"] for logs in ends[0]["logs"][-3:]] == [0, 0, 0]
+        assert_same(*ends)
+
     def test_it_resumes_exactly_if_a_callback_behind_it_has_asked_for_the_checkpoint(self, run, tmp_path):
         def ask(model, control):
             control.should_save = True

@@ -75,7 +75,7 @@ def test_the_step_is_the_formula_with_the_learning_rate_of_each_group(use_dora_a
             assert (factor.double() - exact).norm() <= tolerance * exact.norm(), name
 
 
-@pytest.mark.parametrize("lr", [0.02, torch.tensor([0.02], dtype=torch.float64)], ids=["number", "tensor of shape (1,)"])
+@pytest.mark.parametrize("lr", [0.02, torch.tensor([0.02], dtype=torch.float64)], ids=["number", "tensor (1,)"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_step_has_the_precision_of_the_factors_within_autocast_too(dtype, lr):
     model = make_model(dtype=dtype)

@@ -217,7 +217,8 @@ class RankAllocator(stock.RankAllocator):
         }
         if not any(lora_E.is_meta for lora_E in values.values()):
             kept = kept_triplets(values)
-            self.kept = kept if any(map(any, kept.values())) else None  # not of a new adapter
+            # a new adapter has zeros, too; with `target_r=0` it ends with them
+            self.kept = kept if any(map(any, kept.values())) or not self.target_bgt else None
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
