@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from helpers import make_config, make_peft_mlp, svd_layers
+from helpers import make_config, make_peft_mlp, parameter_bytes, svd_layers
 from torch import nn
 
 from peft import PeftModel, get_peft_model
@@ -243,6 +243,21 @@ def test_a_run_prunes_what_the_schedule_and_the_scores_say_at_each_step(use_dora
         if step < 15:
             assert_scores(model.base_model.rankallocator, restated)
     assert budgets == [15, 9, 7, 6, 6]
+
+
+@BOTH
+def test_a_second_call_at_the_last_allocation_changes_nothing(use_dora_adaptive):
+    """Although the gradients of A and B, as of a strong regularization, would prefer triplets that are pruned."""
+    model = make_net(use_dora_adaptive=use_dora_adaptive, tinit=2, tfinal=5, deltaT=3, total_step=20)
+    for step in range(16):
+        take_a_step(model, seed=step)
+        model.base_model.update_and_allocate(step)
+    before, pattern = parameter_bytes(model), model.peft_config["default"].rank_pattern
+    for name, layer in svd_layers(model.base_model.model).items():
+        layer.lora_A["default"].grad[~torch.tensor(pattern[f"{name}.lora_E.default"])] = 1e4
+    model.base_model.update_and_allocate(15)
+    assert parameter_bytes(model) == before
+    assert model.peft_config["default"].rank_pattern == pattern
 
 
 @pytest.mark.overlay

@@ -199,16 +199,19 @@ class AdaLoraModel(stock.AdaLoraModel):
         check_allocation(self, global_step)
         config = self.peft_config[self.trainable_adapter_name]
         factors = factors_to_orthogonalize(self.model, self.trainable_adapter_name, config, optimizer)
-        last = config.total_step - config.tfinal
+        allocator, last = self.rankallocator, config.total_step - config.tfinal
+        if global_step == last and allocator.kept and not allocator.exp_avg_ipt:
+            if sum(map(sum, allocator.kept.values())) <= allocator.target_bgt:
+                global_step = last + 1  # a second call, or pruned weights have just been loaded: only mask
+            elif config.use_dora_adaptive:
+                allocator.update_ipt(self.model)  # weights of other ranks have just been loaded
         if global_step > last:
-            config.rank_pattern = self.rankallocator.kept or config.rank_pattern
-        elif global_step == last and config.use_dora_adaptive and not self.rankallocator.exp_avg_ipt:
-            self.rankallocator.update_ipt(self.model)  # weights of other ranks have just been loaded
+            config.rank_pattern = allocator.kept or config.rank_pattern
         stock.AdaLoraModel.update_and_allocate(self, global_step)
         if optimizer is not None:
-            self.rankallocator.mask_other_weights(self.model, optimizer)
+            allocator.mask_other_weights(self.model, optimizer)
         if factors:  # unless a gradient scaler has skipped this step
-            finite = self.rankallocator.finite if global_step < last else all_finite(gradients_of(self.model))
+            finite = allocator.finite if global_step < last else all_finite(gradients_of(self.model))
             orthogonalize_(factors, config.orth_reg_weight * finite)
 
     def resize_modules_by_rank_pattern(
