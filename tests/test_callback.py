@@ -1,5 +1,6 @@
 """`AdaLoraCallback`: what it does in a Trainer, and that a run that was killed ends as one that was not."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -232,6 +233,21 @@ class TestSchedule:
         Trainer(model, arguments, train_dataset=RandomTokens(), callbacks=[AdaLoraCallback()]).train()
         config = model.peft_config["default"]
         assert (config.total_step, config.tinit, config.tfinal) == (STEPS, 8, 4)
+
+    @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
+    def test_a_run_starts_from_the_weights_alone_after_one_that_was_stopped(self, use_dora_adaptive, tmp_path):
+        def stop(model, control):
+            control.should_training_stop = True
+
+        def trained(model, *callbacks):
+            arguments = make_arguments(tmp_path, save_strategy="no")
+            Trainer(model, arguments, train_dataset=RandomTokens(), callbacks=[AdaLoraCallback(), *callbacks]).train()
+            return {name: value.clone() for name, value in model.state_dict().items()}
+
+        config = make_adalora_config(use_dora_adaptive=use_dora_adaptive, beta1=0.99, beta2=0.99)  # a long memory
+        stopped, other = (get_peft_model(make_llama(), copy.deepcopy(config)) for _ in range(2))
+        other.load_state_dict(trained(stopped, At("on_step_end", 10, stop)))
+        assert_same(trained(stopped), trained(other))
 
     @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
     def test_the_config_of_the_user_stays_as_it_is(self, use_dora_adaptive, tmp_path):

@@ -82,6 +82,7 @@ class AdaLoraCallback(ResumableCallback):
         config = _config_of_run(tuner.rankallocator.peft_config, state.max_steps)
         tuner.peft_config[tuner.trainable_adapter_name] = tuner.rankallocator.peft_config = config
         tuner.rankallocator.read_kept(tuner.model)
+        tuner.rankallocator.reset_ipt()  # of an earlier run that stopped before its last allocation
         if state.global_step > 0:
             self.restore(args, state)
 
