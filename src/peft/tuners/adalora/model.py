@@ -214,12 +214,10 @@ class AdaLoraModel(stock.AdaLoraModel):
             finite = allocator.finite if global_step < last else all_finite(gradients_of(self.model))
             orthogonalize_(factors, config.orth_reg_weight * finite)
 
-    def resize_modules_by_rank_pattern(
-        self, rank_pattern: dict[str, list[bool] | torch.Tensor], adapter_name: str
-    ) -> None:
+    def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, Any], adapter_name: str) -> None:
         """
         Drop the triplets that a rank pattern does not keep. Its keys are names of `lora_E`, with or without the
-        adapter's name. AdaDoRA adapters keep their magnitudes and dtypes.
+        adapter's name, and its values masks (r,). AdaDoRA adapters keep their magnitudes and dtypes.
         """
         layers = adapted_layers(self.model, adapter_name)
         if not any(
