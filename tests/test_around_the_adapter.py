@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from helpers import MLP, TARGETS, make_config, make_mlp, make_peft_mlp, svd_layers, train, train_by_hand
+from safetensors.torch import load_file
 from test_adadora_guards import X, state
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -650,6 +651,19 @@ class TestOptions:
         config = make_config(target_modules=TARGETS, use_rslora=True, alpha_pattern={"first": 3})
         with pytest.warns(UserWarning, match="does not read `alpha_pattern`, `use_rslora`"):
             get_peft_model(make_mlp(), config)
+
+    @pytest.mark.parametrize("tfinal, delta_t, warns", [(0, 4, True), (0, 1, False), (1, 4, False)])
+    def test_a_schedule_that_may_end_with_all_ranks_is_named(self, tfinal, delta_t, warns, tmp_path):
+        config = make_config(target_modules=TARGETS, tfinal=tfinal, deltaT=delta_t)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = get_peft_model(make_mlp(), config)
+        assert sum("off zero" in str(warning.message) for warning in caught) == warns
+        train(model)
+        model.save_pretrained(tmp_path)
+        saved = load_file(tmp_path / "adapter_model.safetensors")
+        ranks = sum(len(weight) for key, weight in saved.items() if key.endswith("lora_E"))
+        assert ranks == (6 if warns else 2) * len(TARGETS)
 
     @pytest.mark.parametrize("load", [True, False], ids=["load", "train"])
     def test_those_of_a_plain_config_give_no_warning(self, load, tmp_path):

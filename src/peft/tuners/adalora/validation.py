@@ -60,7 +60,8 @@ def check_name(adapter_name: str) -> None:
 
 def check_options(config: AdaLoraConfig, adapter_name: str) -> None:
     """
-    Check the options of an adapter to be trained, and warn of options that AdaLoRA does not read.
+    Check the options of an adapter to be trained. Warn of a schedule that may prune nothing in the end, and of options
+    that AdaLoRA does not read.
 
     Raises:
         `ValueError`: If the ranks cannot work, or if the config targets single parameters.
@@ -73,6 +74,11 @@ def check_options(config: AdaLoraConfig, adapter_name: str) -> None:
     if config.target_parameters:
         raise ValueError(
             "AdaLoRA adapts modules, not single parameters; leave out `target_parameters` and set `target_modules`."
+        )
+    if config.tfinal == 0 and config.deltaT > 1:
+        warnings.warn(
+            f"With `tfinal=0` and `deltaT={config.deltaT}`, the steps after the last allocation move pruned singular "
+            "values off zero, so the adapter may end with all its ranks; set `tfinal` to at least 1."
         )
     unread = [name for name in UNREAD_OPTIONS if getattr(config, name, None)]
     if not isinstance(config.init_lora_weights, bool):
