@@ -239,8 +239,8 @@ MUTANTS = [
         (
             Edit(
                 "regularization.py",
-                "torch.as_tensor(trained[index][1] * weight,",
-                "torch.as_tensor(trained[0][1] * weight,",
+                "torch.as_tensor(trained[index][1],",
+                "torch.as_tensor(trained[0][1],",
             ),
         ),
         first="test_decoupled_regularization.py",

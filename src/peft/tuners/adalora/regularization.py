@@ -173,8 +173,8 @@ def orthogonalize_(trained: list[tuple[Factor, Any]], weight: float | torch.Tens
         terms = []
         for indices, matrices in differences([(leaf, is_B) for leaf, ((_, is_B), _) in zip(leaves, trained)]):
             # a learning rate may be a tensor (1,)
-            rates = [torch.as_tensor(trained[index][1] * weight, dtype=matrices.dtype) for index in indices]
-            rate = torch.stack([rate.reshape(()) for rate in rates]).to(matrices)
+            rates = [torch.as_tensor(trained[index][1], dtype=matrices.dtype).reshape(()) for index in indices]
+            rate = torch.stack(rates).to(matrices) * torch.as_tensor(weight, dtype=matrices.dtype).to(matrices.device)
             norm = torch.linalg.matrix_norm(matrices.detach())
             step = rate / (1 + rate * norm)
             terms.append((step * matrices.square().sum(dim=(1, 2))).sum() / 4)
