@@ -39,6 +39,14 @@ def everything_in(checkpoint: Path) -> dict[str, object]:
     }
 
 
+def ends_of_runs(folder: Path, resumed_at: int, **config_kwargs) -> list[dict[str, object]]:
+    """The last checkpoints of a run that resumes at a step, and of the whole run that it resumes from."""
+    make_trainer(folder / "run", make_adalora_config(**config_kwargs), save_steps=resumed_at).train()
+    trainer = make_trainer(folder / "resumed", make_adalora_config(**config_kwargs))
+    trainer.train(resume_from_checkpoint=folder / "run" / f"checkpoint-{resumed_at}")
+    return [everything_in(folder / name / f"checkpoint-{STEPS}") for name in ("resumed", "run")]
+
+
 def assert_same(actual, expected, where: str = "") -> None:
     """Equal bit for bit, through dicts and lists."""
     assert type(actual) is type(expected), where
@@ -600,21 +608,13 @@ class TestCheckpoint:
     @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
     def test_it_resumes_exactly_between_two_allocations(self, use_dora_adaptive, tmp_path):
         """When Adam has moved pruned singular values off zero again."""
-        config_kwargs = {"use_dora_adaptive": use_dora_adaptive, "deltaT": 4}
-        make_trainer(tmp_path / "run", make_adalora_config(**config_kwargs), save_steps=7).train()
-        trainer = make_trainer(tmp_path / "resumed", make_adalora_config(**config_kwargs))
-        trainer.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-7")
-        ends = [everything_in(tmp_path / name / f"checkpoint-{STEPS}") for name in ("resumed", "run")]
+        ends = ends_of_runs(tmp_path, resumed_at=7, use_dora_adaptive=use_dora_adaptive, deltaT=4)
         assert ends[1]["logs"][6]["adalora_pruned"] > 0
         assert_same(*ends)
 
     @pytest.mark.parametrize("use_dora_adaptive", [True, False], ids=["adadora", "adalora"])
     def test_it_resumes_exactly_after_all_triplets_were_pruned(self, use_dora_adaptive, tmp_path):
-        config_kwargs = {"use_dora_adaptive": use_dora_adaptive, "target_r": 0}
-        make_trainer(tmp_path / "run", make_adalora_config(**config_kwargs), save_steps=13).train()
-        trainer = make_trainer(tmp_path / "resumed", make_adalora_config(**config_kwargs))
-        trainer.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-13")
-        ends = [everything_in(tmp_path / name / f"checkpoint-{STEPS}") for name in ("resumed", "run")]
+        ends = ends_of_runs(tmp_path, resumed_at=13, use_dora_adaptive=use_dora_adaptive, target_r=0)
         assert [logs["adalora_mean_rank"] for logs in ends[0]["logs"][-3:]] == [0, 0, 0]
         assert_same(*ends)
 

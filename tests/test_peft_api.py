@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import TARGETS, make_config, make_mlp, make_peft_mlp, parameter_bytes, svd_layers, train_by_hand
 from safetensors.torch import load_file
+from trainer_run import make_llama
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -152,12 +153,6 @@ def load_by_injection(folder):
 TOKENS = torch.arange(14).view(2, 7)
 
 
-def make_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
-
-
 @pytest.mark.parametrize(
     "load",
     [
@@ -255,7 +250,7 @@ class TestBesideLoraInAModelOfTransformers:
             "ours": make_config(target_modules=["q_proj"], use_dora_adaptive=use_dora_adaptive),
             "lora": LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
         }
-        model, expected = make_llama(), {}
+        model, expected = make_llama().eval(), {}
         for name in names:
             alone = get_peft_model(make_llama(), configs[name]).eval()
             for layer in svd_layers(alone).values():
@@ -267,7 +262,7 @@ class TestBesideLoraInAModelOfTransformers:
             model.set_adapter(name)
             torch.testing.assert_close(model(TOKENS).logits, expected[name])
         model.disable_adapters()
-        torch.testing.assert_close(model(TOKENS).logits, make_llama()(TOKENS).logits)
+        torch.testing.assert_close(model(TOKENS).logits, make_llama().eval()(TOKENS).logits)
 
 
 @pytest.mark.parametrize("names", [["other", "default"], ["default", "default"]], ids=" over ".join)

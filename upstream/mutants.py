@@ -236,13 +236,7 @@ MUTANTS = [
     ),
     Mutant(
         "orthogonalize all factors by the same learning rate",
-        (
-            Edit(
-                "regularization.py",
-                "torch.as_tensor(trained[index][1],",
-                "torch.as_tensor(trained[0][1],",
-            ),
-        ),
+        (Edit("regularization.py", "torch.as_tensor(trained[index][1],", "torch.as_tensor(trained[0][1],"),),
         first="test_decoupled_regularization.py",
     ),
     Mutant(
